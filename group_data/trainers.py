@@ -1,0 +1,1 @@
+"""Settings of the trainers. Defaults and the rest: docs/settings.md."""

@@ -1,0 +1,57 @@
+"""Gateway hosts: nginx installed, configured from `templates/nginx.conf.j2`, running.
+
+Stages: install, SELinux, configure, firewall, activate.
+"""
+
+from __future__ import annotations
+
+from pyinfra.api import deploy
+from pyinfra.operations import yum
+
+from provision import operations, rendering
+from provision.operations import ManagedFile
+from provision.settings import Fleet, GatewaySettings
+
+ERROR_PAGES = "/usr/share/nginx/gateway"
+
+
+@deploy("Gateway")
+def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
+    """Bring one gateway host to its declared state."""
+    yum.packages(name="nginx is installed", packages=[settings.nginx_package])
+    operations.selinux_mode(name=f"SELinux is {settings.selinux_mode}", mode=settings.selinux_mode)
+    supporting = supporting_files(settings)
+    operations.place_files(name="Error pages, log rotation, limits", files=supporting)
+    configuration = nginx_conf(settings, fleet)
+    operations.place_files(
+        name="nginx.conf, checked by nginx -t",
+        files=[configuration],
+        check=operations.nginx_check,
+    )
+    operations.firewalld(name="Public port is open", ports=public_ports(settings))
+    operations.nginx_active(
+        name="nginx runs this configuration", files=[configuration, *supporting]
+    )
+
+
+def nginx_conf(settings: GatewaySettings, fleet: Fleet) -> ManagedFile:
+    return ManagedFile(path="/etc/nginx/nginx.conf", content=rendering.nginx_conf(settings, fleet))
+
+
+def supporting_files(settings: GatewaySettings) -> list[ManagedFile]:
+    return [
+        ManagedFile(path=f"{ERROR_PAGES}/404.html", content=rendering.static("404.html")),
+        ManagedFile(path=f"{ERROR_PAGES}/50x.html", content=rendering.static("50x.html")),
+        ManagedFile(path="/etc/logrotate.d/nginx", content=rendering.static("nginx.logrotate")),
+        ManagedFile(
+            path="/etc/systemd/system/nginx.service.d/gateway.conf",
+            content=rendering.render("nginx-limits.conf.j2", gateway=settings),
+        ),
+    ]
+
+
+def public_ports(settings: GatewaySettings) -> list[int]:
+    return [
+        settings.listen_port,
+        *([settings.tls_listen_port] if settings.tls_certificate else []),
+    ]

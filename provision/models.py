@@ -1,0 +1,92 @@
+"""The model on a worker host: uploaded beside, verified by SHA-256, swapped in as one folder.
+
+A version's folder never changes once it has its name; `current` is a link that one rename
+moves. Nothing here knows torch: a bundle is files that a manifest pins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyinfra import host
+from pyinfra.api import operation
+
+from gpu_service import bundle
+from provision import facts, operations
+from provision.facts import quoted
+from provision.operations import Commands, ManagedFile, fail
+
+ROOT = "/var/lib/gpu-service/models"
+CURRENT = "current"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A bundle on the operator's machine, and its place on a host."""
+
+    source: Path
+    name: str
+    version: str
+    digest: str  # SHA-256 of the manifest, which pins every other file
+    files: tuple[str, ...]
+
+    @property
+    def parent(self) -> str:
+        return f"{ROOT}/{self.name}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.parent}/{self.version}"
+
+    @property
+    def link(self) -> str:
+        return f"{self.parent}/{CURRENT}"
+
+
+def load(folder: Path) -> Model:
+    """The bundle in `folder`, verified. Raises `bundle.BundleError`."""
+    manifest = bundle.verify(folder)
+    return Model(
+        source=folder,
+        name=manifest.name,
+        version=manifest.version,
+        digest=bundle.digest(folder),
+        files=(*sorted(manifest.files), bundle.MANIFEST),
+    )
+
+
+def install(model: Model) -> None:
+    """Have the bundle on the host and make it current."""
+    upload(name=f"Model {model.name} {model.version} is on the host", model=model)
+    operations.link(
+        name=f"Model {model.name} {model.version} is current",
+        path=model.link,
+        target=model.version,
+    )
+
+
+@operation()
+def upload(model: Model) -> Commands:
+    """The bundle's folder on the host: every file verified there before it gets its name.
+
+    An interrupted upload leaves a hidden partial folder, which the next run resumes. A version
+    that exists with other content is refused: versions never change.
+    """
+    manifest = f"{model.folder}/{bundle.MANIFEST}"
+    found = host.get_fact(facts.FileStates, paths=(manifest,)).get(manifest)
+    if found is not None and found.sha256 == model.digest:
+        return
+    if found is not None:
+        yield fail(
+            f"{model.folder} exists with other content than {model.source}: versions never "
+            "change. Give the new bundle a version of its own."
+        )
+        return
+    partial = f"{model.parent}/.{model.version}.partial"
+    files = [
+        ManagedFile(path=f"{partial}/{name}", content=model.source / name) for name in model.files
+    ]
+    yield quoted("mkdir", "-p", "--", partial)
+    yield from operations.place_files._inner(files=files, check=operations.sha256_check)
+    yield quoted("mv", "-T", "--", partial, model.folder)

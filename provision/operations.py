@@ -1,0 +1,350 @@
+"""The project's own pyinfra operations: files that are swapped in whole, SELinux's mode, nginx's
+activation, workers restarted one after the other.
+
+An operation's body runs at *prepare* (to see whether it would change something; skipped with
+`-y`) and again at *execute*. So everything it decides on is asked of the host in the body, and
+a body that yields nothing has changed nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import posixpath
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pyinfra import host, logger, state
+from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
+from pyinfra.api.host import Host
+from pyinfra.api.state import State, StateStage
+
+from provision import facts
+from provision.facts import SelinuxMode, quoted, script
+
+Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
+
+
+def fail(*lines: str) -> FunctionCommand:
+    """A command that ends the operation on this host, saying why."""
+    return FunctionCommand(_say_and_fail, (lines,), {})
+
+
+def _say_and_fail(state: State, host: Host, lines: Iterable[str]) -> bool:
+    for line in lines:
+        host.log_styled(line, fg="red", log_func=logger.error)
+    return False
+
+
+def executing() -> bool:
+    """Whether the run is past prepare: only then do earlier operations show on the host."""
+    return bool(state.current_stage == StateStage.Execute)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManagedFile:
+    """A file that this project owns whole: its bytes, mode and owner."""
+
+    path: str
+    content: bytes | Path  # a path is a file on the operator's machine, for large ones
+    mode: str = "644"
+    user: str = "root"
+    group: str = "root"
+    secret: bool = False  # never shown in a diff
+
+    @cached_property
+    def sha256(self) -> str:
+        if isinstance(self.content, bytes):
+            return hashlib.sha256(self.content).hexdigest()
+        with self.content.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def upload(self) -> FileUploadCommand:
+        source = io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
+        return FileUploadCommand(source, self.candidate)
+
+    @property
+    def candidate(self) -> str:
+        """Beside the file: the same file system, SELinux type and relative includes."""
+        folder, name = posixpath.split(self.path)
+        return posixpath.join(folder, f".{name}.candidate")
+
+    def matches(self, found: facts.FileState | None) -> bool:
+        return found == facts.FileState(
+            mode=self.mode, user=self.user, group=self.group, sha256=self.sha256
+        )
+
+
+@operation()
+def place_files(
+    files: Iterable[ManagedFile], check: Callable[[ManagedFile], StringCommand] | None = None
+) -> Commands:
+    """Bring files to their declared bytes, mode and owner; each is swapped in by a rename.
+
+    + files: what to place; the folders have to exist or are made (root, 755)
+    + check: a command that must succeed on the candidate before it replaces the file
+
+    A failing check leaves the live file as it was. Only files that differ are uploaded.
+    """
+    files = list(files)
+    found = host.get_fact(facts.FileStates, paths=tuple(f.path for f in files))
+    for managed in files:
+        if managed.matches(found.get(managed.path)):
+            continue
+        _show_diff(managed)
+        yield from _swap_in(managed, check)
+
+
+def _swap_in(
+    managed: ManagedFile, check: Callable[[ManagedFile], StringCommand] | None
+) -> Commands:
+    candidate = managed.candidate
+    # An empty file of the final mode and owner first: a secret is never readable by others.
+    yield script(
+        'mkdir -p "$(dirname "$1")" && rm -f "$1" && '
+        'install -m "$2" -o "$3" -g "$4" /dev/null "$1"',
+        candidate,
+        managed.mode,
+        managed.user,
+        managed.group,
+    )
+    yield managed.upload()
+    if check is not None:
+        yield check(managed)
+    yield quoted("mv", "-fT", "--", candidate, managed.path)
+
+
+def _show_diff(managed: ManagedFile) -> None:
+    if not state.config.DIFF or isinstance(managed.content, Path):
+        return
+    if managed.secret:
+        host.log(f"{managed.path}: differs (its content is a secret and not shown)")
+        return
+    current = host.get_fact(facts.FileText, path=managed.path) or ""
+    for line in difflib.unified_diff(
+        current.splitlines(),
+        managed.content.decode().splitlines(),
+        fromfile=f"{managed.path} (on the host)",
+        tofile=f"{managed.path} (declared)",
+        lineterm="",
+    ):
+        host.log(line)
+
+
+@operation()
+def directories(paths: Mapping[str, tuple[str, str]]) -> Commands:
+    """Make folders. `paths`: path -> (mode, owner); the group is the owner's name."""
+    found = host.get_fact(facts.FolderStates, paths=tuple(paths))
+    for path, (mode, owner) in paths.items():
+        if found.get(path) != (mode, owner, owner):
+            yield quoted("install", "-d", "-m", mode, "-o", owner, "-g", owner, "--", path)
+
+
+@operation()
+def link(path: str, target: str) -> Commands:
+    """Make `path` a symbolic link to `target` by one rename: never absent, never half-done."""
+    if f"{path} -> {target}" in host.get_fact(facts.Paths, paths=(path,)):
+        return
+    candidate = f"{path}.candidate"
+    yield quoted("ln", "-sfn", "--", target, candidate)
+    yield quoted("mv", "-fT", "--", candidate, path)
+
+
+@operation()
+def selinux_mode(mode: str) -> Commands:
+    """Set SELinux's mode for the running system and for the next boot.
+
+    + mode: enforcing, permissive, disabled or unmanaged
+
+    A host without SELinux is left as it is. A running system can't be switched to or from
+    disabled; the next boot is configured and the rest is said.
+    """
+    if mode == "unmanaged":
+        host.noop("SELinux's mode is not managed (selinux_mode = 'unmanaged')")
+        return
+    wanted = SelinuxMode(mode)
+    found = host.get_fact(facts.Selinux)
+    if found.configured not in (SelinuxMode.ABSENT, wanted):
+        # The file may hold comments and SELINUXTYPE: only the one line changes. Edited beside
+        # and renamed; the label is the old file's.
+        yield script(
+            'cp -a "$1" "$1.candidate" && '
+            'sed -i "s/^SELINUX=.*/SELINUX=$2/" "$1.candidate" && mv -f "$1.candidate" "$1"',
+            "/etc/selinux/config",
+            wanted.value,
+        )
+    live = (SelinuxMode.ENFORCING, SelinuxMode.PERMISSIVE)
+    if found.running is SelinuxMode.ABSENT:
+        host.noop("this host has no SELinux")
+    elif found.running in live and wanted in live:
+        if found.running is not wanted:
+            yield quoted("setenforce", "1" if wanted is SelinuxMode.ENFORCING else "0")
+    elif found.running is not wanted:
+        host.log(f"SELinux is {found.running} and becomes {wanted} at the next boot only")
+
+
+@operation()
+def firewalld(
+    ports: Iterable[int] = (),
+    ports_from: Mapping[int, Iterable[str]] | None = None,
+) -> Commands:
+    """Open ports where firewalld runs, now and for good.
+
+    + ports: open to everybody
+    + ports_from: port -> addresses that may connect; nobody else may
+    """
+    if not host.get_fact(facts.FirewalldRunning):
+        host.noop("firewalld does not run on this host")
+        return
+    found = host.get_fact(facts.FirewalldPorts)
+    restricted = dict(ports_from or {})
+    for where, flag in (("permanent", ("--permanent",)), ("runtime", ())):
+        present = found[where]
+        for port in ports:
+            if f"{port}/tcp" not in present:
+                yield quoted("firewall-cmd", "--quiet", *flag, f"--add-port={port}/tcp")
+        for port, addresses in restricted.items():
+            yield from _only_from(port, list(addresses), present, flag)
+
+
+def _only_from(
+    port: int, addresses: list[str], present: frozenset[str], flag: tuple[str, ...]
+) -> Commands:
+    if f"{port}/tcp" in present:  # open to everybody: by hand, or by an earlier setting
+        yield quoted("firewall-cmd", "--quiet", *flag, f"--remove-port={port}/tcp")
+    wanted = {_rich_rule(address, port) for address in addresses}
+    ours = {rule for rule in present if rule.startswith("rule ") and f'port="{port}"' in rule}
+    for rule in sorted(ours - wanted):
+        yield quoted("firewall-cmd", "--quiet", *flag, f"--remove-rich-rule={rule}")
+    for rule in sorted(wanted - ours):
+        yield quoted("firewall-cmd", "--quiet", *flag, f"--add-rich-rule={rule}")
+
+
+def _rich_rule(address: str, port: int) -> str:
+    # As firewall-cmd prints it back, so that a second run finds it.
+    family = "ipv6" if ":" in address else "ipv4"
+    return (
+        f'rule family="{family}" source address="{address}" '
+        f'port port="{port}" protocol="tcp" accept'
+    )
+
+
+def sha256_check(managed: ManagedFile) -> StringCommand:
+    """Compare what arrived with what was sent, on the host."""
+    return script(
+        'found=$(sha256sum <"$1" | cut -d " " -f 1); [ "$found" = "$2" ] && exit 0; '
+        'rm -f "$1"; echo "$1 arrived damaged (SHA-256 $found, expected $2); run again" >&2; '
+        "exit 1",
+        managed.candidate,
+        managed.sha256,
+    )
+
+
+def nginx_check(managed: ManagedFile) -> StringCommand:
+    """`nginx -t` of the target on a candidate, which leaves no pid file behind.
+
+    `nginx -t` creates the pid file; made from a shell while nginx is stopped, it carries the
+    wrong SELinux type and the next start fails with 13 (nginx/nginx#816).
+    """
+    return script(
+        'had=$(test -e /run/nginx.pid && echo yes); nginx -t -q -c "$1"; status=$?; '
+        '[ -n "$had" ] || rm -f /run/nginx.pid; '
+        '[ $status -eq 0 ] || echo "refused by nginx -t of this host; the live configuration '
+        'is as it was. The candidate stays at $1" >&2; exit $status',
+        managed.candidate,
+    )
+
+
+APPLIED = "/var/lib/gpu-gateway/nginx.applied"
+
+
+@operation()
+def nginx_active(files: Iterable[ManagedFile]) -> Commands:
+    """nginx enabled, running, and running *this* configuration.
+
+    Reloads only when what nginx last took over differs from what is on disk, so a run that was
+    cut between swap and reload is repaired by the next one, and a run that changed nothing
+    reloads nothing: a reload costs old worker processes that live as long as their sockets.
+    """
+    digest = hashlib.sha256("".join(f.path + f.sha256 for f in files).encode()).hexdigest()
+    unit = host.get_fact(facts.UnitStates, units=("nginx.service",)).get(
+        "nginx.service", facts.UnitState()
+    )
+    if unit.needs_daemon_reload:
+        yield quoted("systemctl", "daemon-reload")
+    if not unit.enabled:
+        yield quoted("systemctl", "enable", "--quiet", "nginx.service")
+    applied = host.get_fact(facts.FileText, path=APPLIED) or ""
+    if unit.active != "active":
+        yield _systemctl("start", "nginx.service")
+    elif applied.strip() != digest:
+        yield _systemctl("reload", "nginx.service")
+    else:
+        return
+    yield script(
+        'mkdir -p "$(dirname "$1")" && printf "%s\\n" "$2" >"$1.candidate" && '
+        'mv -f "$1.candidate" "$1"',
+        APPLIED,
+        digest,
+    )
+
+
+def _systemctl(verb: str, unit: str) -> StringCommand:
+    """A systemctl that, failing, prints what the unit said."""
+    return script(
+        'systemctl "$1" "$2" && exit 0; echo "$2 failed to $1; its last words:" >&2; '
+        'journalctl -u "$2" -n 20 --no-pager -o cat >&2; exit 1',
+        verb,
+        unit,
+    )
+
+
+class Rollout:
+    """What a rolling restart knows across hosts: after the first failure nobody else restarts.
+
+    pyinfra's `_serial` runs host after host but does not stop at a failure.
+    """
+
+    def __init__(self) -> None:
+        self.failed_on: str | None = None
+
+
+@operation()
+def roll_workers(deployments: Mapping[str, str], rollout: Rollout) -> Commands:
+    """Workers enabled and running what was declared: started or restarted one after the other.
+
+    + deployments: unit -> digest of everything that the worker is made of
+    + rollout: shared by all hosts of the run; use with `_serial=True`
+
+    `systemctl restart` returns when the worker is ready (`Type=notify`). The digest is compared
+    with the one that the running process was started with, so nothing is restarted twice and
+    nothing is forgotten when a run is cut.
+    """
+    found = host.get_fact(facts.UnitStates, units=tuple(deployments))
+    if any(unit.needs_daemon_reload for unit in found.values()):
+        yield quoted("systemctl", "daemon-reload")
+    for unit, wanted in deployments.items():
+        current = found.get(unit, facts.UnitState())
+        if not current.enabled:
+            yield quoted("systemctl", "enable", "--quiet", unit)
+        if current.active == "active" and current.deployment == wanted:
+            continue
+        if executing() and rollout.failed_on:
+            yield fail(f"{unit} was left as it is, because {rollout.failed_on} failed before it")
+            return
+        # Stays set if the command below fails, since the generator is not resumed then.
+        rollout.failed_on = f"{unit} on {host.name}" if executing() else None
+        yield _systemctl("restart", unit)
+        rollout.failed_on = None
+
+
+@operation()
+def retire_workers(keep: Iterable[str]) -> Commands:
+    """Stop and disable worker instances that are no longer declared; they drain first."""
+    kept = set(keep)
+    for unit in host.get_fact(facts.WorkerUnits):
+        if unit not in kept:
+            yield quoted("systemctl", "disable", "--quiet", "--now", unit)

@@ -1,0 +1,461 @@
+"""Every setting of the deploy: name, type, default, unit and meaning, in one place.
+
+Pure: no pyinfra, no I/O. `parse_fleet` takes what an inventory says and gives back either a
+checked `Fleet` or *all* problems at once, so that nothing is touched on a bad day.
+`docs/settings.md` is generated from this module (`python -m provision.settings`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from gpu_service import settings as service_settings
+
+Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
+Seconds = Annotated[int, Field(strict=True, ge=1, le=30 * 24 * 3600)]
+# Names that end up in a configuration file, a path or a command line: no blanks, no quotes,
+# no semicolons, whatever quoting the place uses.
+Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+AbsolutePath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9_./-]+$")]
+
+
+class Group(StrEnum):
+    """The groups of an inventory that mean something to this project."""
+
+    GATEWAYS = "gateways"
+    WORKERS = "workers"
+    TRAINERS = "trainers"
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class CommonSettings(_Settings):
+    """Of every host."""
+
+    address: str = Field(
+        default="",
+        description="IP address by which the *other hosts* reach this one. "
+        "Empty: the host's name, which then has to resolve on the operator's machine.",
+    )
+
+    @model_validator(mode="after")
+    def _address_is_an_ip(self) -> Self:
+        if self.address:
+            ipaddress.ip_address(self.address)
+        return self
+
+
+class GatewaySettings(CommonSettings):
+    """Of hosts in `gateways`: nginx in front of the workers."""
+
+    nginx_package: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+~:-]+(=[A-Za-z0-9_.+~:-]+)?$")] = (
+        Field(
+            default="nginx",
+            description="Package that yum installs; `nginx=1.26.3` pins a version.",
+        )
+    )
+    nginx_user: Token = Field(
+        default="root",
+        description="User of nginx's worker processes. `root` is the reference set-up; "
+        "`nginx` is the safer choice (only the master needs root).",
+    )
+    selinux_mode: Literal["enforcing", "permissive", "disabled", "unmanaged"] = Field(
+        default="permissive",
+        description="SELinux mode of the running system and of the next boot. "
+        "`unmanaged` leaves it alone. Hosts without SELinux are left as they are.",
+    )
+    listen_port: Port = Field(default=8009, description="Public port of the gateway.")
+    server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*-]+( [A-Za-z0-9_.*-]+)*$")] = Field(
+        default="localhost", description="nginx `server_name`; several are separated by a blank."
+    )
+    tls_certificate: AbsolutePath | None = Field(
+        default=None,
+        description="Certificate chain (PEM) on the gateway. Set together with "
+        "`tls_certificate_key`, it switches the TLS server on.",
+    )
+    tls_certificate_key: AbsolutePath | None = Field(
+        default=None, description="Private key (PEM) on the gateway."
+    )
+    tls_listen_port: Port = Field(
+        default=8443, description="Port of the TLS server, when it is on."
+    )
+    worker_processes: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=1024)] = Field(
+        default="auto", description="nginx worker processes; `auto` is one a core."
+    )
+    worker_connections: Annotated[int, Field(strict=True, ge=64, le=1_000_000)] = Field(
+        default=8192,
+        description="Connections per nginx worker process. A proxied WebSocket takes two, and "
+        "idle upstream connections count too.",
+    )
+    upstream_balance: Literal["least_conn", "round_robin", "ip_hash"] = Field(
+        default="least_conn",
+        description="How a new connection finds its worker. `least_conn` suits sockets that "
+        "live long; `ip_hash` keeps a client on one worker.",
+    )
+    upstream_keepalive: Annotated[int, Field(strict=True, ge=1, le=100_000)] = Field(
+        default=1000, description="Idle upstream connections kept per nginx worker process."
+    )
+    upstream_max_fails: Annotated[int, Field(strict=True, ge=0, le=1000)] = Field(
+        default=1, description="Failed handshakes after which a worker is left out for a while."
+    )
+    upstream_fail_timeout_s: Seconds = Field(
+        default=5, description="How long it is left out, and the window for `upstream_max_fails`."
+    )
+    proxy_connect_timeout_s: Seconds = Field(
+        default=5, description="How long nginx waits for a worker to accept."
+    )
+    proxy_read_timeout_s: Seconds = Field(
+        default=3600,
+        description="How long a socket may be silent in both directions before nginx closes "
+        "it. Keep it above twice the ping interval of the service.",
+    )
+    proxy_send_timeout_s: Seconds = Field(
+        default=3600, description="How long a write to a worker may be stuck."
+    )
+    keepalive_timeout_s: Seconds = Field(
+        default=65, description="How long an idle plain HTTP connection of a client is kept."
+    )
+    worker_shutdown_timeout_s: Annotated[int, Field(strict=True, ge=0, le=30 * 24 * 3600)] = Field(
+        default=0,
+        description="After a reload, old nginx worker processes stay until their last socket "
+        "closes. A number > 0 cuts those sockets after that time.",
+    )
+
+    @model_validator(mode="after")
+    def _tls_needs_both_files(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_certificate_key is None):
+            raise ValueError(
+                "tls_certificate and tls_certificate_key go together: set both or none"
+            )
+        return self
+
+    @property
+    def descriptors(self) -> int:
+        """File descriptors that one nginx worker process may need.
+
+        Each connection is one descriptor, and a proxied request may hold a temporary file;
+        nginx documents `worker_rlimit_nofile` of at least `worker_connections`, and a margin
+        is left for logs, listeners and the epoll descriptor.
+        """
+        return 2 * self.worker_connections + 512
+
+
+class WorkerSettings(CommonSettings):
+    """Of hosts in `workers`: the inference service."""
+
+    worker_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=64)] = Field(
+        default=(9005, 9006), description="One worker process per port."
+    )
+    model: str = Field(
+        default="models/digits",
+        description="Bundle to serve, relative to the checkout: a version's folder, or the "
+        "model's folder for its newest version.",
+    )
+    worker_device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="`auto`: one NVIDIA GPU per worker where the host has them, else the CPU. "
+        "`cuda` refuses a host without a GPU; `cpu` ignores the GPUs.",
+    )
+    worker_listen: str = Field(
+        default="0.0.0.0",  # noqa: S104  the firewall decides who may connect
+        description="Address that the workers listen on.",
+    )
+    service_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Options of `python -m gpu_service serve` by name, for example "
+        '`{"max_batch": 128}`; see the service\'s own table.',
+    )
+    python_package: Token = Field(
+        default="python3.11", description="Package that yum installs to get `python`."
+    )
+    python: AbsolutePath = Field(
+        default="/usr/bin/python3.11", description="Interpreter of the workers, 3.11 or newer."
+    )
+    packages_from: Literal["wheelhouse", "index"] = Field(
+        default="wheelhouse",
+        description="`wheelhouse`: wheels that the operator's machine prepared and uploads; the "
+        "host needs no internet. `index`: pip on the host downloads.",
+    )
+    torch_build: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Build of torch; `auto` follows the worker's device."
+    )
+    index_url: SecretStr | None = Field(
+        default=None, description="Package index for `packages_from = 'index'` (may hold a token)."
+    )
+    torch_index_url: SecretStr | None = Field(
+        default=None, description="Extra index that has the wanted build of torch."
+    )
+    service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")] = Field(
+        default="gpu-service", description="System user that the workers run as."
+    )
+    restart_timeout_s: Seconds = Field(
+        default=120, description="How long a worker may take from its start until it is ready."
+    )
+    keep_versions: Annotated[int, Field(strict=True, ge=1, le=100)] = Field(
+        default=2,
+        description="Releases, environments and bundles kept on the host, the current included.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        ipaddress.ip_address(self.worker_listen)
+        repeated = sorted({p for p in self.worker_ports if self.worker_ports.count(p) > 1})
+        if repeated:
+            problems.append(f"worker_ports names {', '.join(map(str, repeated))} more than once")
+        problems += _service_problems(self.service_options)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+class TrainerSettings(CommonSettings):
+    """Of hosts in `trainers`."""
+
+
+# What the deploy decides itself, worker by worker.
+MANAGED_SERVICE_OPTIONS = frozenset(
+    {"bundle", "host", "port", "device", "threads", "worker", "deployment"}
+)
+
+def _service_problems(options: Mapping[str, Any]) -> list[str]:
+    """What the service itself would refuse, and what the deploy decides for each worker."""
+    problems = [
+        f"service_options.{name} is decided by the deploy; take it out"
+        for name in sorted(MANAGED_SERVICE_OPTIONS & set(options))
+    ]
+    known = {field.name for field in dataclasses.fields(service_settings.Settings)}
+    for name in sorted(set(options) - known):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        problems.append(f"service_options.{name}: the service has no such option{hint}")
+    given = {name: str(value) for name, value in options.items() if name in known}
+    try:
+        service_settings.load({"bundle": "/", **given}, {})
+    except service_settings.SettingsError as error:
+        problems += [f"service_options: {problem}" for problem in error.problems]
+    return problems
+
+
+MODELS: dict[Group, type[CommonSettings]] = {
+    Group.GATEWAYS: GatewaySettings,
+    Group.WORKERS: WorkerSettings,
+    Group.TRAINERS: TrainerSettings,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostInput:
+    """What an inventory says of one host: its groups and its merged data."""
+
+    name: str
+    groups: frozenset[str]
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """All hosts, checked. Keys are host names, in inventory order."""
+
+    gateways: Mapping[str, GatewaySettings]
+    workers: Mapping[str, WorkerSettings]
+    trainers: Mapping[str, TrainerSettings]
+    addresses: Mapping[str, str]
+
+    def upstream_servers(self) -> list[str]:
+        """`address:port` of every worker, host by host, port by port."""
+        return [
+            f"{_bracketed(self.addresses[name])}:{port}"
+            for name, worker in self.workers.items()
+            for port in worker.worker_ports
+        ]
+
+    def gateway_addresses(self) -> list[str]:
+        return [self.addresses[name] for name in self.gateways]
+
+
+class InvalidFleetError(Exception):
+    """Every problem that was found in an inventory, a line each."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def parse_fleet(
+    hosts: Iterable[HostInput],
+    *,
+    resolve: Mapping[str, str],
+    foreign_keys: frozenset[str] = frozenset(),
+) -> Fleet:
+    """Check what an inventory says of all its hosts.
+
+    `resolve` gives the IP address of host names that the operator's machine could resolve.
+    `foreign_keys` are data keys that belong to pyinfra (its connectors and global arguments).
+    Raises `InvalidFleetError` with every problem, not only the first.
+    """
+    hosts = list(hosts)
+    problems: list[str] = []
+    parsed: dict[Group, dict[str, CommonSettings]] = {group: {} for group in Group}
+    addresses: dict[str, str] = {}
+
+    for host in hosts:
+        groups = [group for group in Group if group in host.groups]
+        own_keys = {key for group in groups for key in MODELS[group].model_fields}
+        problems += _unknown_keys(host, groups, own_keys | foreign_keys)
+        for group in groups:
+            settings, found = _parse(MODELS[group], host)
+            problems += found
+            if settings is not None:
+                parsed[group][host.name] = settings
+        if groups:
+            address, found = _address(host, resolve)
+            problems += found
+            addresses[host.name] = address
+
+    fleet = Fleet(
+        gateways=_of_type(parsed[Group.GATEWAYS], GatewaySettings),
+        workers=_of_type(parsed[Group.WORKERS], WorkerSettings),
+        trainers=_of_type(parsed[Group.TRAINERS], TrainerSettings),
+        addresses=addresses,
+    )
+    problems += _group_problems(hosts)
+    problems += _clashes(fleet)
+    if problems:
+        raise InvalidFleetError(dict.fromkeys(problems))
+    return fleet
+
+
+AnySettings = TypeVar("AnySettings", bound=CommonSettings)
+
+
+def _of_type(
+    settings: Mapping[str, CommonSettings], kind: type[AnySettings]
+) -> dict[str, AnySettings]:
+    return {name: value for name, value in settings.items() if isinstance(value, kind)}
+
+
+def _parse(model: type[CommonSettings], host: HostInput) -> tuple[CommonSettings | None, list[str]]:
+    data = {key: value for key, value in host.data.items() if key in model.model_fields}
+    try:
+        return model.model_validate(data), []
+    except ValidationError as error:
+        return None, [f"{host.name}: {_readable(detail)}" for detail in error.errors()]
+
+
+def _readable(detail: Any) -> str:
+    where = ".".join(str(part) for part in detail["loc"] if part != "function-after")
+    message = detail["msg"].removeprefix("Value error, ")
+    if not where:
+        return str(message)
+    # The value itself is shown, except where it may be a secret.
+    shown = "" if "url" in where else f" (it is {detail['input']!r})"
+    return f"{where}: {message}{shown}"
+
+
+def _unknown_keys(host: HostInput, groups: list[Group], known: set[str]) -> list[str]:
+    problems = []
+    elsewhere = {key for model in MODELS.values() for key in model.model_fields}
+    for key in sorted(set(host.data) - known):
+        if key in elsewhere:
+            # Another group's setting: group_data/all.py may say it for everybody.
+            continue
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; see docs/settings.md"
+        problems.append(f"{host.name}: unknown setting {key}{hint}")
+    if not groups:
+        problems.append(
+            f"{host.name}: is in none of the groups {', '.join(Group)}; "
+            "put it into one, or take it out of the inventory"
+        )
+    return problems
+
+
+def _address(host: HostInput, resolve: Mapping[str, str]) -> tuple[str, list[str]]:
+    given = host.data.get("address")
+    if given:
+        return str(given), []
+    try:
+        return str(ipaddress.ip_address(host.name)), []
+    except ValueError:
+        pass
+    if host.name in resolve:
+        return resolve[host.name], []
+    return "", [
+        f"{host.name}: address is not set and the name does not resolve on this machine; set "
+        "address to the IP address by which the other hosts reach it"
+    ]
+
+
+def _group_problems(hosts: list[HostInput]) -> list[str]:
+    members = {group: [h for h in hosts if group in h.groups] for group in Group}
+    problems = []
+    if not members[Group.GATEWAYS]:
+        problems.append("gateways: the group is empty; name at least one host in the inventory")
+    if not members[Group.WORKERS]:
+        problems.append(
+            "workers: the group is empty, so the gateway would have no upstream; "
+            "name at least one host in the inventory"
+        )
+    return problems
+
+
+def _clashes(fleet: Fleet) -> list[str]:
+    problems = []
+    owners: dict[tuple[str, int], str] = {}
+    for host, port, purpose in _listeners(fleet):
+        place = (fleet.addresses.get(host) or host, port)
+        claim = f"{host} {purpose}"
+        if place in owners:
+            problems.append(f"port {port} on {place[0]}: wanted by {owners[place]} and by {claim}")
+        owners.setdefault(place, claim)
+    return problems
+
+
+def _listeners(fleet: Fleet) -> Iterable[tuple[str, int, str]]:
+    for name, gateway in fleet.gateways.items():
+        yield name, gateway.listen_port, "listen_port"
+        if gateway.tls_certificate:
+            yield name, gateway.tls_listen_port, "tls_listen_port"
+    for name, worker in fleet.workers.items():
+        for port in dict.fromkeys(worker.worker_ports):
+            yield name, port, "worker_ports"
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def reference() -> str:
+    """The settings as a Markdown document (docs/settings.md)."""
+    lines = [
+        "# Settings",
+        "",
+        "Generated from `provision/settings.py` by `make docs`; a test keeps it true.",
+        "Set them for all hosts of a group in `group_data/GROUP.py`, or for one host in the",
+        "inventory. Anything unknown, of the wrong type or clashing is refused, all problems in",
+        "one list, before the first connection.",
+    ]
+    for group, model in MODELS.items():
+        lines += ["", f"## `{group}`", ""]
+        lines += ["| setting | default | meaning |", "|---|---|---|"]
+        for name, field in model.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            shown = list(default) if isinstance(default, tuple) else default
+            lines.append(f"| `{name}` | `{shown!r}` | {field.description} |")
+    lines += ["", "## `service_options`", "", service_settings.reference(), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

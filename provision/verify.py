@@ -1,0 +1,157 @@
+"""The end of a deploy: it proves that clients are served, or fails saying what it saw and why.
+
+On each worker host: one real prediction per worker, compared with what the trained model
+answered. On each gateway host: a WebSocket handshake through the public port. Checks change
+nothing and count as no change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pyinfra import host
+from pyinfra.api import deploy, operation
+
+from provision import workers
+from provision.facts import quoted, script
+from provision.operations import Commands, executing, fail
+from provision.settings import GatewaySettings, WorkerSettings
+
+
+@deploy("Verify workers")
+def verify_workers(settings: WorkerSettings, planned: workers.Plan) -> None:
+    predict(
+        name="One real prediction per worker",
+        urls=[f"ws://{_reachable(settings)}:{port}" for port in settings.worker_ports],
+        bundle=planned.model.link,
+        python=planned.python,
+        release=planned.release.folder,
+        user=settings.service_user,
+    )
+
+
+def _reachable(settings: WorkerSettings) -> str:
+    any_address = settings.worker_listen in ("0.0.0.0", "::")  # noqa: S104
+    return "127.0.0.1" if any_address else settings.worker_listen
+
+
+@deploy("Verify gateway")
+def verify_gateway(settings: GatewaySettings) -> None:
+    handshake(name="WebSocket handshake through the public port", port=settings.listen_port)
+
+
+@operation()
+def predict(urls: list[str], bundle: str, python: str, release: str, user: str) -> Commands:
+    """Ask every worker for one real prediction and compare it with the bundle's own answers."""
+    if not executing():
+        return
+    succeeded, output = host.run_shell_command(
+        script(
+            'release="$1"; user="$2"; shift 2; '
+            'exec runuser -u "$user" -- env PYTHONPATH="$release" "$@"',
+            release,
+            user,
+            python,
+            *("-P", "-m", "gpu_service", "verify", "--bundle", bundle),
+            *urls,
+        )
+    )
+    answers = [json.loads(line) for line in output.stdout_lines if line.startswith("{")]
+    if succeeded and answers and all(answer["ok"] for answer in answers):
+        for answer in answers:
+            host.log(f"verified: {answer['worker']} serves {answer['model']} {answer['version']}")
+        return
+    yield fail(
+        *(f"{answer['url']}: {answer['error']}" for answer in answers if not answer["ok"]),
+        *([] if answers else output.output.splitlines()),
+        "look at: journalctl -u 'gpu-worker@*' -n 50",
+    )
+
+
+# A handshake needs no tool that a host might lack: bash opens the socket itself.
+_HANDSHAKE = r"""
+exec 3<>"/dev/tcp/127.0.0.1/$1" || exit 7
+printf 'GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n' >&3
+printf 'Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n' >&3
+IFS= read -r -t 15 -u 3 line && printf '%s\n' "${line%$'\r'}"
+"""
+
+_EVIDENCE = r"""
+echo "nginx: $(systemctl is-active nginx)"
+echo "selinux: $(getenforce 2>/dev/null || echo absent)"
+tail -n 20 /var/log/nginx/error.log 2>/dev/null
+{ ausearch -m avc -ts recent 2>/dev/null || tail -n 200 /var/log/audit/audit.log 2>/dev/null; } |
+    grep 'denied.*comm="nginx"' | tail -n 3
+"""
+
+
+@operation()
+def handshake(port: int) -> Commands:
+    """A handshake on the gateway's public port has to be answered with 101."""
+    if not executing():
+        return
+    _, output = host.run_shell_command(quoted("bash", "-c", _HANDSHAKE, "handshake", str(port)))
+    status = output.stdout_lines[0] if output.stdout_lines else ""
+    if " 101 " in f"{status} ":
+        host.log(f"verified: port {port} answers a WebSocket handshake with 101")
+        return
+    _, evidence = host.run_shell_command(quoted("bash", "-c", _EVIDENCE))
+    seen = Sighting(status=status, port=port, evidence=tuple(evidence.stdout_lines))
+    yield fail(*diagnose(seen))
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """What a failed handshake left behind: the status line, and lines of logs."""
+
+    status: str
+    port: int
+    evidence: tuple[str, ...]
+
+
+def diagnose(seen: Sighting) -> list[str]:
+    """What was seen and the likely cause, most telling first. Pure."""
+    lines = [
+        f"the handshake on port {seen.port} was answered with: {seen.status or 'nothing'}",
+        *(f"  seen: {line}" for line in _telling(seen.evidence)),
+    ]
+    return [*lines, *_cause(seen)]
+
+
+def _telling(evidence: Iterable[str]) -> list[str]:
+    patterns = ("failed (", "no live upstreams", "[emerg]", "avc:", "nginx: ", "selinux: ")
+    found = [line for line in evidence if any(pattern in line for pattern in patterns)]
+    return found[-8:]
+
+
+def _cause(seen: Sighting) -> list[str]:
+    text = "\n".join(seen.evidence)
+    upstream = re.search(r"upstream: \"http://([^/\"]+)", text)
+    where = upstream.group(1) if upstream else "a worker"
+    if "(13: Permission denied)" in text and "connect()" in text:
+        return [
+            f"likely cause: SELinux denies nginx the connection to {where}. `user root` does not "
+            "change that. Two ways out:",
+            "  1. allow it and stay enforcing: setsebool -P httpd_can_network_connect on",
+            "  2. selinux_mode = 'permissive' in group_data/gateways.py (the default), and deploy",
+        ]
+    if "(111: Connection refused)" in text or "(111: Unknown error)" in text:
+        return [
+            f"likely cause: nothing listens on {where}; "
+            "on that host: systemctl status 'gpu-worker@*'"
+        ]
+    if "(110: Connection timed out)" in text or "(113: No route to host)" in text:
+        return [
+            f"likely cause: a firewall between this gateway and {where}, or a wrong `address` of "
+            "that host in the inventory"
+        ]
+    if "no live upstreams" in text:
+        return ["likely cause: every worker failed lately; their own logs say why"]
+    if "nginx: active" not in text:
+        return ["likely cause: nginx does not run; see: journalctl -u nginx -n 50"]
+    if not seen.status:
+        return ["likely cause: nothing answered on the port; see: ss -ltnp"]
+    return ["no known cause matches; see /var/log/nginx/error.log on the gateway"]

@@ -1,0 +1,205 @@
+"""The wheelhouse: every wheel that a GPU host needs, prepared once on the operator's machine.
+
+A host without internet gets its whole virtual environment from here. A wheelhouse is a folder
+`.wheelhouse/BUILD-cp311-x86_64/` of wheels with a `requirements.lock` that pins each by version
+and SHA-256; the lock is written last, so a folder without one is an interrupted build.
+
+    python -m provision.wheelhouse build [--torch cpu|cuda] [--torch-index URL]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.utils import parse_wheel_filename
+
+from provision.rendering import CHECKOUT
+
+REQUIREMENTS = CHECKOUT / "requirements" / "service.txt"
+ROOT = CHECKOUT / ".wheelhouse"
+LOCK = "requirements.lock"
+
+
+class WheelhouseError(Exception):
+    """A wheelhouse is missing or could not be built; says what to run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the wheels are for."""
+
+    build: str  # cpu or cuda
+    python: str  # "3.11"
+    machine: str  # as `uname -m` says: x86_64 or aarch64
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / f"{self.build}-cp{self.python.replace('.', '')}-{self.machine}"
+
+    @property
+    def command(self) -> str:
+        """What the operator types to build it."""
+        return (
+            f".venv/bin/python -m provision.wheelhouse build --torch {self.build} "
+            f"--python {self.python} --machine {self.machine}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wheelhouse:
+    """A complete wheelhouse."""
+
+    folder: Path
+    lock: str
+
+    @property
+    def wheels(self) -> list[Path]:
+        return sorted(self.folder.glob("*.whl"))
+
+    @property
+    def digest(self) -> str:
+        """Names the environment that is installed from it."""
+        return hashlib.sha256(self.lock.encode()).hexdigest()[:16]
+
+
+def find(target: Target) -> Wheelhouse:
+    """The wheelhouse for a host. Raises `WheelhouseError` where it is missing or stale."""
+    lock = target.folder / LOCK
+    if not lock.is_file():
+        raise WheelhouseError(f"no wheelhouse for it here; make one with: {target.command}")
+    text = lock.read_text()
+    if _stamp() not in text:
+        raise WheelhouseError(
+            f"the wheelhouse {target.folder.name} was made from other requirements than "
+            f"requirements/service.txt holds now; make it again with: {target.command}"
+        )
+    return Wheelhouse(folder=target.folder, lock=text)
+
+
+def build(target: Target, *, torch_index: str | None = None) -> Wheelhouse:
+    """Download every wheel for `target` and lock them. Written beside, then swapped in.
+
+    pip's own configuration decides where wheels come from (PIP_INDEX_URL, pip.conf);
+    `torch_index` adds the index that holds the wanted build of torch.
+    """
+    partial = target.folder.with_name(f".{target.folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _download(partial, target, torch_index)
+    _check_torch(partial, target)
+    (partial / LOCK).write_text(_lock_of(partial))
+    previous = target.folder.with_name(f".{target.folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if target.folder.exists():
+        target.folder.rename(previous)
+    partial.rename(target.folder)
+    shutil.rmtree(previous, ignore_errors=True)
+    return find(target)
+
+
+def _download(folder: Path, target: Target, torch_index: str | None) -> None:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
+    command += ["--dest", str(folder), "--requirement", str(REQUIREMENTS)]
+    if not _is_this_machine(target):
+        command += ["--python-version", target.python, "--implementation", "cp"]
+        # Oldest glibc first: torch 2.13 asks for 2.28, which EL 8 and all later have.
+        for glibc in ("2_28", "2_27", "2_26", "2_24", "2_17", "2_5"):
+            command += ["--platform", f"manylinux_{glibc}_{target.machine}"]
+        command += ["--platform", f"manylinux2014_{target.machine}"]
+    environment = dict(os.environ)
+    if torch_index:  # by environment: an address may hold a token, and arguments are public
+        extra = environment.get("PIP_EXTRA_INDEX_URL", "")
+        environment["PIP_EXTRA_INDEX_URL"] = f"{extra} {torch_index}".strip()
+    result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    if result.returncode:
+        raise WheelhouseError(
+            f"pip could not download the wheels for {target.folder.name}:\n{result.stderr.strip()}"
+        )
+
+
+def _is_this_machine(target: Target) -> bool:
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return target.python == python and target.machine == os.uname().machine
+
+
+def _check_torch(folder: Path, target: Target) -> None:
+    wheels = list(folder.glob("torch-*.whl"))
+    if len(wheels) != 1:
+        raise WheelhouseError(f"expected one torch wheel for {target.folder.name}, got {wheels}")
+    is_cpu = "+cpu" in wheels[0].name
+    if target.build == "cuda" and is_cpu:
+        raise WheelhouseError(
+            f"pip found the CPU build of torch ({wheels[0].name}); say where the CUDA build is: "
+            f"{target.command} --torch-index URL (pytorch.org shows the address under Get Started)"
+        )
+    if target.build == "cpu" and not is_cpu and target.machine == "x86_64":
+        print(
+            f"note: {wheels[0].name} is the CUDA build. It runs on CPUs as well, but is "
+            "gigabytes larger; --torch-index URL takes the CPU build (pytorch.org shows the "
+            "address under Get Started).",
+            file=sys.stderr,
+        )
+
+
+def _stamp() -> str:
+    return (
+        f"# from requirements/service.txt {hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()}"
+    )
+
+
+def _lock_of(folder: Path) -> str:
+    lines = [_stamp()]
+    for wheel in sorted(folder.glob("*.whl")):
+        name, version, _, _ = parse_wheel_filename(wheel.name)
+        with wheel.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        lines.append(f"{name}=={version} --hash=sha256:{digest}")
+    return "\n".join(lines) + "\n"
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(wheel.stat().st_size for wheel in folder.glob('*.whl')) / 1e6:.0f} MB"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m provision.wheelhouse", description=__doc__)
+    parser.add_argument("action", choices=["build"])
+    parser.add_argument("--torch", choices=["cpu", "cuda"], default="cpu", help="build of torch")
+    parser.add_argument("--python", default="3.11", help="Python of the hosts (default 3.11)")
+    parser.add_argument("--machine", default=os.uname().machine, help="machine type of the hosts")
+    parser.add_argument(
+        "--torch-index",
+        default=os.environ.get("TORCH_INDEX"),
+        help="extra index with the wanted build of torch (or environment TORCH_INDEX)",
+    )
+    parser.add_argument("--if-missing", action="store_true", help="do nothing if it is there")
+    options = parser.parse_args()
+    target = Target(build=options.torch, python=options.python, machine=options.machine)
+    try:
+        if options.if_missing:
+            try:
+                find(target)
+                return 0
+            except WheelhouseError:
+                pass
+        print(f"wheelhouse {target.folder.name}: downloading …", flush=True)
+        wheelhouse = build(target, torch_index=options.torch_index)
+    except WheelhouseError as error:
+        print(f"wheelhouse: {error}", file=sys.stderr)
+        return 1
+    print(
+        f"wheelhouse {target.folder.name}: {len(wheelhouse.wheels)} wheels, "
+        f"{_size(target.folder)}, in .wheelhouse/"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,388 @@
+"""Worker hosts: interpreter, environment, service, model, units; then rolled one by one.
+
+On the host:
+
+    /opt/gpu-service/venvs/DIGEST/      virtual environment, named by its lock's digest
+    /opt/gpu-service/releases/DIGEST/   the gpu_service package, named by its content
+    /var/lib/gpu-service/models/…       bundles (provision/models.py)
+    /etc/gpu-service/worker-PORT.env    settings of one worker
+    /etc/systemd/system/gpu-worker@.service
+
+Environments and releases never change once complete; the unit names both by their digests, so
+writing the unit is the one step that switches, and a running worker keeps what it started with.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import re
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from pyinfra import host
+from pyinfra.api import deploy, operation
+from pyinfra.api.exceptions import DeployError
+from pyinfra.operations import server, yum
+
+from provision import facts, models, operations, preflight, rendering, wheelhouse
+from provision.facts import Hardware, quoted, script
+from provision.models import Model
+from provision.operations import Commands, ManagedFile, Rollout
+from provision.rendering import CHECKOUT
+from provision.settings import Fleet, WorkerSettings
+
+OPT = "/opt/gpu-service"
+ETC = "/etc/gpu-service"
+STATE = "/var/lib/gpu-service"
+UNIT_FILE = "/etc/systemd/system/gpu-worker@.service"
+
+
+def unit(port: int) -> str:
+    return f"gpu-worker@{port}.service"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """A virtual environment to be: where its packages come from, and its place on the host."""
+
+    python: str
+    digest: str
+    wheels: tuple[ManagedFile, ...]  # empty: pip on the host downloads
+    requirements: bytes
+    pip_conf: bytes | None
+
+    @property
+    def folder(self) -> str:
+        return f"{OPT}/venvs/{self.digest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """The gpu_service package as an archive, and its place on the host."""
+
+    archive: bytes
+    digest: str
+
+    @property
+    def folder(self) -> str:
+        return f"{OPT}/releases/{self.digest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that the workers of one host are made of."""
+
+    hardware: Hardware
+    environment: Environment
+    release: Release
+    model: Model
+
+    @property
+    def python(self) -> str:
+        return f"{self.environment.folder}/bin/python"
+
+
+# One run is one process: its hosts share what went wrong in a rolling restart.
+_ROLLOUT = Rollout()
+
+
+def plan(settings: WorkerSettings) -> Plan:
+    """What the current host's workers are made of. Raises `DeployError`; touches nothing."""
+    hardware = host.get_fact(facts.HostHardware)
+    return Plan(
+        hardware=hardware,
+        environment=choose_environment(settings, hardware),
+        release=build_release(),
+        model=models.load(preflight.bundle_folder(settings.model)),
+    )
+
+
+@deploy("Worker")
+def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
+    """Bring one worker host to its declared state, and its workers to ready."""
+    _install(settings, planned.environment, planned.release)
+    models.install(planned.model)
+    files = unit_files(settings, fleet, planned)
+    operations.place_files(name="Units and settings", files=files)
+    operations.firewalld(
+        name="Worker ports are open to the gateways only",
+        ports_from={port: fleet.gateway_addresses() for port in settings.worker_ports},
+    )
+    operations.roll_workers(
+        name="Workers run what was declared, one after the other",
+        deployments=deployments(settings, files),
+        rollout=_ROLLOUT,
+        _serial=True,
+    )
+
+
+@deploy("Worker clean-up")
+def retire(settings: WorkerSettings, planned: Plan) -> None:
+    """After the gateways have moved on: what is no longer declared stops and goes."""
+    operations.retire_workers(
+        name="No other workers", keep=[unit(port) for port in settings.worker_ports]
+    )
+    prune(
+        name=f"At most {settings.keep_versions} versions are kept",
+        in_use={
+            f"{OPT}/venvs": planned.environment.digest,
+            f"{OPT}/releases": planned.release.digest,
+            planned.model.parent: planned.model.version,
+        },
+        keep=settings.keep_versions,
+    )
+
+
+def _install(settings: WorkerSettings, environment: Environment, release: Release) -> None:
+    yum.packages(name="Python is installed", packages=[settings.python_package])
+    server.user(  # noqa: S604  `shell` is the user's login shell
+        name="Service user",
+        user=settings.service_user,
+        system=True,
+        home=STATE,
+        create_home=False,
+        shell="/sbin/nologin",
+    )
+    operations.directories(
+        name="Folders",
+        paths={
+            OPT: ("755", "root"),
+            f"{OPT}/wheels": ("755", "root"),
+            f"{OPT}/venvs": ("755", "root"),
+            f"{OPT}/releases": ("755", "root"),
+            ETC: ("755", "root"),
+            STATE: ("755", "root"),
+            models.ROOT: ("755", "root"),
+        },
+    )
+    install_environment(name="Virtual environment", environment=environment)
+    install_release(name="gpu_service package", release=release)
+
+
+def choose_environment(settings: WorkerSettings, hardware: Hardware) -> Environment:
+    """Which wheels this host gets. Raises `DeployError` before anything is touched."""
+    if settings.worker_device == "cuda" and not hardware.nvidia_gpus:
+        raise DeployError(
+            f"{host.name}: worker_device is 'cuda', but no NVIDIA driver serves a GPU there "
+            "(/proc/driver/nvidia/gpus is empty); install the driver or set worker_device='auto'"
+        )
+    build = settings.torch_build
+    if build == "auto":
+        build = "cuda" if uses_gpu(settings, hardware) else "cpu"
+    if settings.packages_from == "index":
+        return _from_index(settings, build)
+    version = re.search(r"(3\.\d+)", settings.python)
+    target = wheelhouse.Target(
+        build=build, python=version.group(1) if version else "3.11", machine=hardware.machine
+    )
+    try:
+        return _from_wheelhouse(settings, wheelhouse.find(target))
+    except wheelhouse.WheelhouseError as error:
+        raise DeployError(f"{host.name} ({build}): {error}") from None
+
+
+def uses_gpu(settings: WorkerSettings, hardware: Hardware) -> bool:
+    return settings.worker_device != "cpu" and hardware.nvidia_gpus > 0
+
+
+def _from_wheelhouse(settings: WorkerSettings, source: wheelhouse.Wheelhouse) -> Environment:
+    return Environment(
+        python=settings.python,
+        digest=source.digest,
+        wheels=tuple(
+            ManagedFile(path=f"{OPT}/wheels/{path.name}", content=path) for path in source.wheels
+        ),
+        requirements=source.lock.encode(),
+        pip_conf=None,
+    )
+
+
+def _from_index(settings: WorkerSettings, build: str) -> Environment:
+    lines = ["[global]"]
+    if settings.index_url:
+        lines.append(f"index-url = {settings.index_url.get_secret_value()}")
+    if settings.torch_index_url:
+        lines.append(f"extra-index-url = {settings.torch_index_url.get_secret_value()}")
+    requirements = wheelhouse.REQUIREMENTS.read_bytes()
+    named = b"\0".join([requirements, build.encode(), settings.python.encode()])
+    return Environment(
+        python=settings.python,
+        digest=hashlib.sha256(named).hexdigest()[:16],
+        wheels=(),
+        requirements=requirements,
+        pip_conf="\n".join([*lines, ""]).encode(),
+    )
+
+
+@operation()
+def install_environment(environment: Environment) -> Commands:
+    """The virtual environment, complete or not at all; wheels checked by SHA-256 by pip too.
+
+    Made in place, since an environment can't be moved; it counts only once its marker is
+    there, and is made anew where a run was cut.
+    """
+    complete = f"{environment.folder}/.complete"
+    if complete in host.get_fact(facts.Paths, paths=(complete,)):
+        return
+    lock = ManagedFile(path=f"{OPT}/wheels/requirements.lock", content=environment.requirements)
+    conf = f"{OPT}/wheels/pip.conf"
+    yield from operations.place_files._inner(
+        files=environment.wheels, check=operations.sha256_check
+    )
+    yield from operations.place_files._inner(files=[lock])
+    if environment.pip_conf is not None:
+        secret = ManagedFile(path=conf, content=environment.pip_conf, mode="600", secret=True)
+        yield from operations.place_files._inner(files=[secret])
+    yield quoted(environment.python, "-m", "venv", "--clear", environment.folder)
+    options = ["--no-index", "--find-links", f"{OPT}/wheels", "--require-hashes"]
+    # Compiled afterwards, by all cores: the service's user can't write there later.
+    yield script(
+        'export PIP_CONFIG_FILE="$1" PIP_DISABLE_PIP_VERSION_CHECK=1; shift; folder="$1"; shift; '
+        '"$folder/bin/python" -m pip install --quiet --no-compile --no-cache-dir "$@" && '
+        '"$folder/bin/python" -m compileall -q -j 0 "$folder/lib" >/dev/null; '
+        '"$folder/bin/python" -m pip check && touch "$folder/.complete"',
+        conf if environment.pip_conf is not None else "/dev/null",
+        environment.folder,
+        *(options if environment.wheels else []),
+        "--requirement",
+        lock.path,
+    )
+    # They take as much room again as what was installed from them.
+    yield script('rm -rf -- "$1"/* "$1"/.[!.]*', f"{OPT}/wheels")
+
+
+@operation()
+def install_release(release: Release) -> Commands:
+    """The package's folder: unpacked beside, then renamed."""
+    if release.folder in host.get_fact(facts.Paths, paths=(release.folder,)):
+        return
+    archive = ManagedFile(path=f"{OPT}/releases/.{release.digest}.tar.gz", content=release.archive)
+    yield from operations.place_files._inner(files=[archive], check=operations.sha256_check)
+    yield script(
+        'rm -rf "$2" && mkdir "$2" && tar -xzf "$1" -C "$2" --no-same-owner && '
+        'mv -T "$2" "$3" && rm -f "$1"',
+        archive.path,
+        f"{OPT}/releases/.{release.digest}.partial",
+        release.folder,
+    )
+
+
+@cache
+def build_release() -> Release:
+    """The package of this checkout, archived so that equal sources give equal bytes."""
+    buffer = io.BytesIO()
+    package = CHECKOUT / "gpu_service"
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(package.rglob("*")):
+            if not path.is_file() or "__pycache__" in path.parts:
+                continue
+            member = tarfile.TarInfo(str(path.relative_to(CHECKOUT)))
+            member.size, member.mode, member.mtime = path.stat().st_size, 0o644, 0
+            with path.open("rb") as file:
+                archive.addfile(member, file)
+    content = buffer.getvalue()
+    return Release(
+        archive=gzip.compress(content, mtime=0), digest=hashlib.sha256(content).hexdigest()[:16]
+    )
+
+
+def unit_files(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> list[ManagedFile]:
+    """The unit and one settings file per worker; each names the deployment that it belongs to."""
+    template = ManagedFile(
+        path=UNIT_FILE,
+        content=rendering.render(
+            "gpu-worker@.service.j2",
+            python=planned.python,
+            release=planned.release.folder,
+            settings_dir=ETC,
+            worker=settings,
+            gateway_addresses=fleet.gateway_addresses(),
+            has_gpu=uses_gpu(settings, planned.hardware),
+        ),
+    )
+    return [
+        template,
+        *(
+            _settings_file(index, port, settings, planned, template)
+            for index, port in enumerate(settings.worker_ports)
+        ),
+    ]
+
+
+def _settings_file(
+    index: int, port: int, settings: WorkerSettings, planned: Plan, template: ManagedFile
+) -> ManagedFile:
+    values = {
+        "bundle": planned.model.link,
+        "host": settings.worker_listen,
+        "port": port,
+        "device": device(index, settings, planned.hardware),
+        "threads": threads(settings, planned.hardware),
+        "worker": f"{host.name}:{port}",
+        **settings.service_options,
+    }
+    text = "".join(f"{_variable(name)}={_env_quoted(value)}\n" for name, value in values.items())
+    # What the worker is made of, besides this file: a change of any part restarts it.
+    parts = [text, template.sha256, planned.model.digest]
+    deployment = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return ManagedFile(
+        path=f"{ETC}/worker-{port}.env",
+        content=f"{text}{_variable('deployment')}={deployment}\n".encode(),
+    )
+
+
+def _variable(option: str) -> str:
+    return f"GPU_SERVICE_{option.upper()}"
+
+
+def _env_quoted(value: object) -> str:
+    """For systemd's EnvironmentFile. https://www.freedesktop.org/software/systemd/man/latest/systemd.exec.html#EnvironmentFile="""
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z0-9_./:-]*", text):
+        return text
+    escaped = re.sub(r'(["\\$`])', r"\\\1", text)
+    return f'"{escaped}"'
+
+
+def device(index: int, settings: WorkerSettings, hardware: Hardware) -> str:
+    """Device of the worker number `index` of a host: one GPU each, by the driver's numbering.
+
+    More workers than GPUs share them in turn.
+    """
+    if not uses_gpu(settings, hardware):
+        return "cpu"
+    return f"cuda:{index % hardware.nvidia_gpus}"
+
+
+def threads(settings: WorkerSettings, hardware: Hardware) -> int:
+    """Intra-op threads of each worker: the cores shared out, at least one."""
+    return max(1, hardware.cpu_cores // len(settings.worker_ports))
+
+
+def deployments(settings: WorkerSettings, files: list[ManagedFile]) -> Mapping[str, str]:
+    """Unit -> the deployment digest that its settings file carries."""
+    by_path = {file.path: file for file in files}
+    found = {}
+    for port in settings.worker_ports:
+        content = by_path[f"{ETC}/worker-{port}.env"].content
+        assert isinstance(content, bytes)
+        found[unit(port)] = content.decode().rsplit("=", 1)[1].strip()
+    return found
+
+
+@operation()
+def prune(in_use: Mapping[str, str], keep: int) -> Commands:
+    """Remove old versions, oldest first; what is in use is never removed.
+
+    + in_use: folder -> name of the entry in it that is in use
+    + keep: entries kept per folder, the one in use included
+    """
+    for folder, current in in_use.items():
+        names = host.get_fact(facts.NewestFirst, path=folder)
+        others = [name for name in names if name not in (current, models.CURRENT)]
+        for name in others[keep - 1 :]:
+            yield quoted("rm", "-rf", "--", f"{folder}/{name}")

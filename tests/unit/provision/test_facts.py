@@ -1,0 +1,70 @@
+"""How facts read what hosts print."""
+
+from provision import facts
+from provision.facts import FileState, Hardware, SelinuxMode, SelinuxState, UnitState
+
+
+def test_file_states() -> None:
+    digest = "ab" * 32
+    lines = ["644 root root", f"{digest}  -", "/etc/a b.conf"]
+    assert facts.FileStates().process(lines) == {
+        "/etc/a b.conf": FileState(mode="644", user="root", group="root", sha256=digest)
+    }
+
+
+def test_selinux_running_and_configured() -> None:
+    assert facts.Selinux().process(["Enforcing", "permissive"]) == SelinuxState(
+        running=SelinuxMode.ENFORCING, configured=SelinuxMode.PERMISSIVE
+    )
+    assert facts.Selinux().process(["absent"]).running is SelinuxMode.ABSENT
+
+
+def test_firewalld_ports_and_rules() -> None:
+    rule = 'rule family="ipv4" source address="10.0.0.11" port port="9005" protocol="tcp" accept'
+    found = facts.FirewalldPorts().process(["8009/tcp", "443/tcp", rule, "--", "", rule, "--"])
+    assert found["runtime"] == {"8009/tcp", "443/tcp", rule}
+    assert found["permanent"] == {rule}
+
+
+def test_unit_states_tell_what_the_process_was_started_with() -> None:
+    found = facts.UnitStates().process(
+        [
+            "unit=gpu-worker@9005.service",
+            "MainPID=812",
+            "ActiveState=active",
+            "SubState=running",
+            "UnitFileState=enabled",
+            "NeedDaemonReload=yes",
+            "GPU_SERVICE_DEPLOYMENT=abc",
+            "unit=gpu-worker@9006.service",
+            "MainPID=0",
+            "ActiveState=failed",
+            "SubState=failed",
+            "UnitFileState=disabled",
+            "NeedDaemonReload=no",
+        ]
+    )
+    assert found["gpu-worker@9005.service"] == UnitState(
+        active="active",
+        sub="running",
+        enabled=True,
+        needs_daemon_reload=True,
+        main_pid=812,
+        deployment="abc",
+    )
+    assert found["gpu-worker@9006.service"].active == "failed"
+    assert found["gpu-worker@9006.service"].deployment == ""
+
+
+def test_hardware_counts_gpus_that_the_driver_serves() -> None:
+    lines = ["cores=96", "machine=x86_64", "gpu=NVIDIA H100 80GB HBM3", "gpu=NVIDIA H100 80GB HBM3"]
+    found = facts.HostHardware().process(lines)
+    assert (found.nvidia_gpus, found.cpu_cores) == (2, 96)
+    assert facts.HostHardware().process(["cores=2", "machine=aarch64"]) == Hardware(
+        nvidia_gpus=0, cpu_cores=2, machine="aarch64"
+    )
+
+
+def test_only_worker_units_are_taken_for_workers() -> None:
+    lines = ["gpu-worker@9005.service", "gpu-worker@x.service", "other.service"]
+    assert facts.WorkerUnits().process(lines) == ["gpu-worker@9005.service"]

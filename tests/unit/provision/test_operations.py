@@ -1,0 +1,232 @@
+"""The operations against pyinfra's `@fake` hosts: which commands, in which order, and when none.
+
+The hosts are a script of answers; what real hosts make of the commands is in tests/deploy.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pyinfra.api import Config, Inventory, State
+from pyinfra.api.connect import connect_all
+from pyinfra.api.operation import add_op
+from pyinfra.api.operations import run_ops
+from pyinfra.api.state import StateStage
+
+from provision import operations
+from provision.operations import ManagedFile, Rollout
+
+Answers = dict[str, Any]
+# What every fact's script starts with; commands that ask are left out of what a test sees.
+ASKING = (
+    "stat -c",
+    "readlink",
+    "getenforce",
+    "is-active --quiet",
+    "--list-ports",
+    "systemctl show",
+    "list-units",
+    'cat "$1" || true',
+)
+
+
+class FakeHosts:
+    """Runs one operation on hosts that answer from a script; keeps what was commanded."""
+
+    def __init__(self, answers: dict[str, Answers]) -> None:
+        hosts = [
+            (f"@fake/{name}", {"fake_responses": script, "fake_delay": 0, "fake_delay_jitter": 0})
+            for name, script in answers.items()
+        ]
+        self.state = State(Inventory((hosts, {})), Config())
+        self.state.set_stage(StateStage.Connect)
+        connect_all(self.state)
+        self.state.set_stage(StateStage.Prepare)
+
+    def run(self, operation: Callable[..., Any], **arguments: Any) -> dict[str, list[str]]:
+        add_op(self.state, operation, **arguments)
+        self.state.set_stage(StateStage.Execute)
+        for host in self.state.inventory:
+            host.connector.executed_commands.clear()
+        run_ops(self.state)
+        return {
+            host.name.removeprefix("@fake/"): [
+                command
+                for command in host.connector.executed_commands
+                if not any(word in command for word in ASKING)
+            ]
+            for host in self.state.inventory
+        }
+
+    def failed(self) -> set[str]:
+        return {host.name.removeprefix("@fake/") for host in self.state.failed_hosts}
+
+
+def run(operation: Callable[..., Any], answers: Answers, **arguments: Any) -> list[str]:
+    return FakeHosts({"h": answers}).run(operation, **arguments)["h"]
+
+
+FILE = ManagedFile(path="/etc/nginx/nginx.conf", content=b"user root;\n")
+
+
+def file_answer(managed: ManagedFile, mode: str = "644") -> Answers:
+    return {"sha256sum <": [f"{mode} root root", f"{managed.sha256}  -", managed.path]}
+
+
+def test_a_file_that_is_right_is_left_alone() -> None:
+    assert run(operations.place_files, file_answer(FILE), files=[FILE]) == []
+
+
+def test_a_file_that_differs_is_staged_checked_and_swapped_in_that_order() -> None:
+    commands = run(operations.place_files, {}, files=[FILE], check=operations.nginx_check)
+    staged, checked, swapped = commands  # the upload itself goes by SFTP
+    assert "install -m" in staged
+    assert "/etc/nginx/.nginx.conf.candidate" in staged
+    assert "nginx -t -q -c" in checked
+    assert swapped == "mv -fT -- /etc/nginx/.nginx.conf.candidate /etc/nginx/nginx.conf"
+
+
+def test_a_wrong_mode_alone_is_mended() -> None:
+    assert run(operations.place_files, file_answer(FILE, mode="666"), files=[FILE]) != []
+
+
+def test_a_refused_candidate_never_replaces_the_file() -> None:
+    hosts = FakeHosts({"h": {"nginx -t": {"success": False, "stderr": "[emerg] unknown"}}})
+    with pytest.raises(Exception, match="hosts"):
+        hosts.run(operations.place_files, files=[FILE], check=operations.nginx_check)
+    commands = next(iter(hosts.state.inventory)).connector.executed_commands
+    assert not any(command.startswith("mv") for command in commands)
+
+
+def test_a_link_is_moved_by_one_rename() -> None:
+    arguments = {"path": "/m/current", "target": "2"}
+    assert run(operations.link, {"readlink": "/m/current -> 2"}, **arguments) == []
+    assert run(operations.link, {"readlink": "/m/current -> 1"}, **arguments) == [
+        "ln -sfn -- 2 /m/current.candidate",
+        "mv -fT -- /m/current.candidate /m/current",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("found", "mode", "expected"),
+    [
+        (["Permissive", "permissive"], "permissive", []),
+        (["Enforcing", "permissive"], "permissive", ["setenforce 0"]),
+        (["Permissive", "enforcing"], "enforcing", ["setenforce 1"]),
+        (["Enforcing", "enforcing"], "permissive", ["SELINUX=$2", "setenforce 0"]),
+        # Neither way works on a running system: only the next boot is configured.
+        (["Disabled", "disabled"], "permissive", ["SELINUX=$2"]),
+        (["Enforcing", "enforcing"], "disabled", ["SELINUX=$2"]),
+        (["absent"], "permissive", []),
+        (["Enforcing", "enforcing"], "unmanaged", []),
+    ],
+)
+def test_selinux_mode(found: list[str], mode: str, expected: list[str]) -> None:
+    commands = run(operations.selinux_mode, {"getenforce": found}, mode=mode)
+    assert len(commands) == len(expected)
+    for command, part in zip(commands, expected, strict=True):
+        assert part in command
+
+
+RULE = 'rule family="ipv4" source address="{}" port port="9005" protocol="tcp" accept'
+
+
+def test_without_firewalld_nothing_is_done() -> None:
+    assert run(operations.firewalld, {"is-active": ""}, ports=[8009]) == []
+
+
+def test_firewalld_opens_a_port_now_and_for_good() -> None:
+    answers = {"is-active": "running", "--list-ports": ["--", "--"]}
+    assert run(operations.firewalld, answers, ports=[8009]) == [
+        "firewall-cmd --quiet --permanent --add-port=8009/tcp",
+        "firewall-cmd --quiet --add-port=8009/tcp",
+    ]
+    answers = {"is-active": "running", "--list-ports": ["8009/tcp", "--", "8009/tcp", "--"]}
+    assert run(operations.firewalld, answers, ports=[8009]) == []
+
+
+def test_a_gateway_that_left_loses_its_way_to_the_workers() -> None:
+    old, new = RULE.format("10.0.0.9"), RULE.format("10.0.0.11")
+    answers = {"is-active": "running", "--list-ports": [old, "--", old, "--"]}
+    commands = run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]})
+    assert len(commands) == 4
+    assert sum("--remove-rich-rule" in c and "10.0.0.9" in c for c in commands) == 2
+    assert sum("--add-rich-rule" in c and "10.0.0.11" in c for c in commands) == 2
+    answers = {"is-active": "running", "--list-ports": [new, "--", new, "--"]}
+    assert run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]}) == []
+
+
+def test_a_worker_port_that_was_open_to_all_is_closed() -> None:
+    new = RULE.format("10.0.0.11")
+    answers = {"is-active": "running", "--list-ports": ["9005/tcp", new, "--", new, "--"]}
+    assert run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]}) == [
+        "firewall-cmd --quiet --remove-port=9005/tcp"
+    ]
+
+
+def unit_answer(unit: str, *, active: str = "active", deployment: str = "d1") -> list[str]:
+    return [
+        f"unit={unit}",
+        f"ActiveState={active}",
+        "UnitFileState=enabled",
+        "NeedDaemonReload=no",
+        "MainPID=9",
+        f"GPU_SERVICE_DEPLOYMENT={deployment}",
+    ]
+
+
+A, B = "gpu-worker@9005.service", "gpu-worker@9006.service"
+
+
+def test_workers_that_run_what_was_declared_are_not_restarted() -> None:
+    answers = {"systemctl show": unit_answer(A) + unit_answer(B)}
+    wanted = {A: "d1", B: "d1"}
+    assert run(operations.roll_workers, answers, deployments=wanted, rollout=Rollout()) == []
+
+
+def test_only_what_runs_something_else_is_restarted() -> None:
+    answers = {"systemctl show": unit_answer(A) + unit_answer(B, deployment="d0")}
+    wanted = {A: "d1", B: "d1"}
+    commands = run(operations.roll_workers, answers, deployments=wanted, rollout=Rollout())
+    assert len(commands) == 1
+    assert f"restart {B}" in commands[0]
+
+
+def test_a_worker_that_is_down_is_started_although_its_settings_are_right() -> None:
+    answers = {"systemctl show": unit_answer(A, active="failed")}
+    commands = run(operations.roll_workers, answers, deployments={A: "d1"}, rollout=Rollout())
+    assert f"restart {A}" in commands[-1]
+
+
+def test_after_a_failure_no_other_worker_of_any_host_is_restarted() -> None:
+    stale = unit_answer(A, deployment="d0") + unit_answer(B, deployment="d0")
+    script: Answers = {"systemctl show": stale, "gateway restart": {"success": False}}
+    hosts = FakeHosts({"one": dict(script), "two": dict(script)})
+    rollout = Rollout()
+    with pytest.raises(Exception, match="hosts"):
+        hosts.run(
+            operations.roll_workers, deployments={A: "d1", B: "d1"}, rollout=rollout, _serial=True
+        )
+    restarts = [
+        command
+        for host in hosts.state.inventory
+        for command in host.connector.executed_commands
+        if "gateway restart" in command
+    ]
+    assert len(restarts) == 1
+    assert rollout.failed_on is not None
+
+
+def test_nginx_is_reloaded_only_for_another_configuration() -> None:
+    running = ["unit=nginx.service", "ActiveState=active", "UnitFileState=enabled"]
+    first = run(operations.nginx_active, {"systemctl show": running}, files=[FILE])
+    assert "reload nginx.service" in first[0]
+    digest = first[1].split()[-1]
+    answers = {"systemctl show": running, "cat ": digest}
+    assert run(operations.nginx_active, answers, files=[FILE]) == []
+
+
+def test_workers_that_are_no_longer_declared_are_stopped() -> None:
+    answers = {"list-units": [A, B]}
+    commands = run(operations.retire_workers, answers, keep=[A])
+    assert commands == [f"systemctl disable --quiet --now {B}"]

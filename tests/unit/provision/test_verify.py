@@ -1,0 +1,49 @@
+"""What a failed handshake is blamed on."""
+
+import pytest
+
+from provision.verify import Sighting, diagnose
+
+DENIED = (
+    "nginx: active",
+    "selinux: Enforcing",
+    "2026/11/24 10:00:00 [crit] 812#812: *1 connect() to 10.0.0.21:9006 failed (13: Permission "
+    'denied) while connecting to upstream, client: 127.0.0.1, server: localhost, request: "GET / '
+    'HTTP/1.1", upstream: "http://10.0.0.21:9006/", host: "localhost"',
+    'type=AVC msg=audit(1.2:3): avc:  denied  { name_connect } for  pid=812 comm="nginx" '
+    "dest=9006 scontext=system_u:system_r:httpd_t:s0 tclass=tcp_socket permissive=0",
+)
+
+
+def sighting(*evidence: str, status: str = "HTTP/1.1 502 Bad Gateway") -> Sighting:
+    return Sighting(status=status, port=8009, evidence=evidence)
+
+
+def test_permission_denied_names_selinux_the_denial_and_two_ways_out() -> None:
+    text = "\n".join(diagnose(sighting(*DENIED)))
+    assert "502 Bad Gateway" in text
+    assert "avc:  denied  { name_connect }" in text
+    assert "SELinux denies nginx the connection to 10.0.0.21:9006" in text
+    assert "setsebool -P httpd_can_network_connect on" in text
+    assert "selinux_mode = 'permissive'" in text
+
+
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("connect() failed (111: Connection refused)", "nothing listens"),
+        ("upstream timed out (110: Connection timed out)", "a firewall between"),
+        ("connect() failed (113: No route to host)", "a firewall between"),
+        ("no live upstreams while connecting to upstream", "every worker failed lately"),
+    ],
+)
+def test_other_causes(line: str, cause: str) -> None:
+    assert cause in "\n".join(diagnose(sighting("nginx: active", line)))
+
+
+def test_a_dead_nginx_is_said() -> None:
+    assert "nginx does not run" in "\n".join(diagnose(sighting("nginx: failed", status="")))
+
+
+def test_an_unknown_failure_points_at_the_log() -> None:
+    assert "error.log" in diagnose(sighting("nginx: active"))[-1]
