@@ -1,4 +1,5 @@
-"""Settings of every host. All settings, with defaults and units: docs/settings.md."""
+"""Settings of every host. All settings, with defaults and units: docs/settings.md.
 
-# How to connect; anything that pyinfra's SSH connector understands.
-ssh_user = "root"
+How to connect is said here too, in the words of pyinfra's SSH connector: `ssh_user`, `ssh_key`,
+`ssh_port`, or `_sudo = True` for a user that is not root.
+"""

@@ -1,5 +1,5 @@
-"""Refuses a bad day before it begins: every setting of every host, and every local file that
-the deploy will need, are checked before the first connection, all problems in one list.
+"""Refuses a bad day before it begins: every setting of every host, and the local files that the
+deploy will need, are checked before the first connection, all problems in one list.
 
 `check_inventory` is the last line of an inventory file, which pyinfra reads before it connects.
 `current_fleet` is what the deploys use; it checks again, now with `--data` overrides, so an
@@ -11,36 +11,42 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from pyinfra.api.arguments import all_global_arguments
+from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.inventory import Inventory
 from pyinfra.connectors.ssh import ConnectorData as SshData
-from pyinfra_cli.exceptions import CliError
 from pyinfra_cli.inventory import make_inventory_from_files
 
 from gpu_service import bundle
 from provision import rendering
-from provision.settings import Fleet, Group, HostInput, InvalidFleetError, parse_fleet
-
-CHECKOUT = Path(__file__).resolve().parent.parent
+from provision.rendering import CHECKOUT
+from provision.settings import (
+    Fleet,
+    Group,
+    HostInput,
+    InvalidFleetError,
+    WorkerSettings,
+    parse_fleet,
+)
 
 # Host data that pyinfra itself reads: how to connect, and its global arguments (`_sudo`, …).
 PYINFRA_KEYS = frozenset(SshData.__annotations__) | {name for name, _ in all_global_arguments()}
 
 
-@dataclass(frozen=True)
-class _Guard:
-    """Files whose inventory is being read now: reading one executes it again."""
-
-    active: set[str]
+# Inventory files that are being read now: reading one executes it again.
+_being_read: set[str] = set()
 
 
-_guard = _Guard(set())
+class RefusedError(PyinfraError):
+    """A deploy that must not begin: every problem, a line each."""
+
+    def __init__(self, problems: list[str]) -> None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        listed = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"{count}, nothing was touched:\n{listed}")
 
 
 def check_inventory(filename: str) -> None:
@@ -50,16 +56,17 @@ def check_inventory(filename: str) -> None:
     only when `deploy.py` is what is being run, so that `pyinfra inventory.py train.py` and
     `pyinfra inventory.py exec …` work without a bundle.
     """
-    if filename in _guard.active:
+    if filename in _being_read:
         return
-    _guard.active.add(filename)
+    _being_read.add(filename)
     try:
         inventory = make_inventory_from_files(filename, cwd=str(Path.cwd()))
+        _checked(inventory, with_files=_deploying(sys.argv))
+    except RefusedError as error:
+        # Not an exception that pyinfra would show with a traceback: it is for the operator.
+        sys.exit(str(error))
     finally:
-        _guard.active.discard(filename)
-    fleet = _checked(inventory)
-    if _deploying(sys.argv):
-        _refuse(local_problems(fleet))
+        _being_read.discard(filename)
 
 
 def _deploying(argv: Iterable[str]) -> bool:
@@ -71,21 +78,28 @@ def current_fleet(inventory: Inventory) -> Fleet:
     known = getattr(inventory, "_gateway_fleet", None)
     if isinstance(known, Fleet):
         return known
-    fleet = _checked(inventory)
-    _refuse(local_problems(fleet))
+    fleet = _checked(inventory, with_files=True)
     inventory._gateway_fleet = fleet  # type: ignore[attr-defined]
     return fleet
 
 
-def _checked(inventory: Inventory) -> Fleet:
+def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
     hosts = [
         HostInput(name=host.name, groups=frozenset(host.groups), data=_data_of(host))
         for host in inventory
     ]
+    problems: list[str] = []
+    fleet = None
     try:
-        return parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=PYINFRA_KEYS)
+        fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=PYINFRA_KEYS)
     except InvalidFleetError as error:
-        raise _refusal(error.problems) from None
+        problems += error.problems
+    if with_files:
+        problems += _bundle_problems(hosts)
+        problems += _template_problems(fleet) if fleet else []
+    if problems or fleet is None:
+        raise RefusedError(problems)
+    return fleet
 
 
 def _data_of(host: Any) -> dict[str, Any]:
@@ -107,44 +121,26 @@ def _resolved(hosts: Iterable[HostInput]) -> dict[str, str]:
     return found
 
 
-def local_problems(fleet: Fleet) -> list[str]:
-    """What the operator's machine lacks for this fleet: bundles, wheelhouses, templates."""
+def _bundle_problems(hosts: Iterable[HostInput]) -> list[str]:
+    default = WorkerSettings.model_fields["model"].default
+    models = {host.data.get("model", default) for host in hosts if Group.WORKERS in host.groups}
     problems = []
-    for model in sorted({worker.model for worker in fleet.workers.values()}):
-        problems += _bundle_problems(model)
-    try:
-        rendering.check_all(fleet)
-    except (rendering.RenderError, OSError) as error:
-        problems.append(str(error))
-    except jinja2.TemplateError as error:  # pragma: no cover - rendering wraps them
-        problems.append(f"templates: {error}")
+    for model in sorted(model for model in models if isinstance(model, str)):
+        try:
+            bundle.verify(bundle_folder(model))
+        except bundle.BundleError as error:
+            problems.append(f"model {model}: {error}")
     return problems
 
 
-@cache
 def bundle_folder(model: str) -> Path:
     """The folder of the version that `model` (a setting) means. Raises `bundle.BundleError`."""
-    folder = CHECKOUT / model
-    if (folder / "manifest.json").is_file():
-        return folder
-    return bundle.latest(folder)
+    return bundle.find(CHECKOUT / model)
 
 
-def _bundle_problems(model: str) -> list[str]:
+def _template_problems(fleet: Fleet) -> list[str]:
     try:
-        bundle.verify(bundle_folder(model))
-    except bundle.BundleError as error:
-        hint = "" if (CHECKOUT / model).exists() else "; make one with: make model"
-        return [f"model {model}: {error}{hint}"]
+        rendering.check_all(fleet)
+    except rendering.RenderError as error:
+        return [str(error)]
     return []
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise _refusal(problems)
-
-
-def _refusal(problems: list[str]) -> CliError:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    listed = "\n".join(f"      - {problem}" for problem in problems)
-    return CliError(f"{count}, nothing was touched:\n{listed}")

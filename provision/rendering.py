@@ -17,6 +17,7 @@ from provision.settings import Fleet, GatewaySettings
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEMPLATES = CHECKOUT / "templates"
 FILES = CHECKOUT / "files"
+STATIC_FILES = ("404.html", "50x.html", "nginx.logrotate")
 
 
 class RenderError(Exception):
@@ -94,6 +95,3 @@ def unit_placeholders() -> dict[str, Any]:
         "gateway_addresses": ["192.0.2.1"],
         "has_gpu": False,
     }
-
-
-STATIC_FILES = ("404.html", "50x.html", "50x.json", "nginx.logrotate")

@@ -228,6 +228,7 @@ MANAGED_SERVICE_OPTIONS = frozenset(
     {"bundle", "host", "port", "device", "threads", "worker", "deployment"}
 )
 
+
 def _service_problems(options: Mapping[str, Any]) -> list[str]:
     """What the service itself would refuse, and what the deploy decides for each worker."""
     problems = [

@@ -1,0 +1,83 @@
+"""`pyinfra INVENTORY deploy.py` on a bad day, as the operator meets it: one list, nothing touched.
+
+The hosts' addresses are on loopback with nobody listening: a connection would show as an error.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+
+GOOD_GATEWAY = '("gw1", {"address": "10.0.0.11", "ssh_hostname": "127.0.0.1", "ssh_port": 9})'
+GOOD_WORKER = '("gpu1", {"address": "10.0.0.21", "ssh_hostname": "127.0.0.1", "ssh_port": 9})'
+
+
+def deploy(tmp_path: Path, *, gateways: str, workers: str, arguments: tuple[str, ...] = ()) -> str:
+    """Output of a deploy that has to fail, on an inventory of these groups."""
+    inventory = tmp_path / "inventory.py"
+    inventory.write_text(
+        "from provision.preflight import check_inventory\n"
+        f"gateways = [{gateways}]\nworkers = [{workers}]\ncheck_inventory(__file__)\n"
+    )
+    pyinfra = Path(sys.executable).with_name("pyinfra")
+    result = subprocess.run(
+        [str(pyinfra), "-y", str(inventory), *(arguments or ("deploy.py",))],
+        cwd=CHECKOUT,
+        env={**os.environ, "PYINFRA_PROGRESS": "off"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode != 0
+    return result.stdout + result.stderr
+
+
+def test_all_problems_of_all_hosts_and_files_are_listed_before_any_connection(
+    tmp_path: Path,
+) -> None:
+    output = deploy(
+        tmp_path,
+        gateways='("gw1", {"address": "10.0.0.11", "listen_prot": 1})',
+        workers='("gpu1", {"address": "10.0.0.21", "model": "models/nothing"}), '
+        '("gpu2", {"address": "10.0.0.22", "model": "models/nothing", "worker_ports": [5, 5]})',
+    )
+    assert "3 problems, nothing was touched" in output
+    assert "gw1: unknown setting listen_prot; did you mean listen_port?" in output
+    assert "model models/nothing" in output
+    assert "gpu_service.training" in output  # the way to get one
+    assert "gpu2: worker_ports names 5 more than once" in output
+    assert "Connecting" not in output
+    assert "Traceback" not in output
+
+
+def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
+    damaged = tmp_path / "models" / "digits" / "1"
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text('{"format": 1}')
+    worker = f'("gpu1", {{"address": "10.0.0.21", "model": "{damaged}"}})'
+    output = deploy(tmp_path, gateways=GOOD_GATEWAY, workers=worker)
+    assert "1 problem, nothing was touched" in output
+    assert "manifest.json" in output
+    assert "Connecting" not in output
+
+
+def test_a_fact_can_be_asked_without_a_bundle(tmp_path: Path) -> None:
+    worker = GOOD_WORKER.replace("}", ', "model": "models/nothing"}')
+    output = deploy(
+        tmp_path, gateways=GOOD_GATEWAY, workers=worker, arguments=("fact", "server.Hostname")
+    )
+    assert "nothing was touched" not in output
+    assert "Connecting" in output
+
+
+@pytest.mark.parametrize("key", ["ssh_user", "ssh_key", "_sudo"])
+def test_keys_of_pyinfra_itself_are_no_unknown_settings(tmp_path: Path, key: str) -> None:
+    data = f', "{key}": "x", "unknown_one": 1, "model": "models/nothing"}}'
+    worker = GOOD_WORKER.replace("}", data)
+    output = deploy(tmp_path, gateways=GOOD_GATEWAY, workers=worker)
+    assert "unknown setting unknown_one" in output
+    assert f"unknown setting {key}" not in output
