@@ -69,6 +69,16 @@ def check_inventory(filename: str) -> None:
         _being_read.discard(filename)
 
 
+def load(filename: str) -> tuple[Fleet, Inventory]:
+    """The checked fleet of an inventory file, for tools beside pyinfra. Raises `RefusedError`."""
+    _being_read.add(filename)
+    try:
+        inventory = make_inventory_from_files(filename, cwd=str(Path.cwd()))
+    finally:
+        _being_read.discard(filename)
+    return _checked(inventory, with_files=False), inventory
+
+
 def _deploying(argv: Iterable[str]) -> bool:
     return any(Path(argument).name == "deploy.py" for argument in argv)
 
