@@ -8,23 +8,32 @@ from pyinfra import host, inventory
 
 from provision import preflight
 from provision.gateway import gateway
+from provision.operations import barrier
 from provision.verify import verify_gateway, verify_workers
 from provision.workers import plan, retire, worker
 
 fleet = preflight.current_fleet(inventory)
-planned = plan(fleet.workers[host.name]) if host.name in fleet.workers else None
+as_gateway = fleet.gateways.get(host.name)
+as_worker = fleet.workers.get(host.name)
+planned = plan(as_worker) if as_worker else None
 
-if planned:
-    worker(fleet.workers[host.name], fleet, planned)
+if as_worker and planned:
+    worker(as_worker, fleet, planned)
 
-if host.name in fleet.gateways:
-    gateway(fleet.gateways[host.name], fleet)
+barrier(name="Workers are ready")
 
-if planned:
-    verify_workers(fleet.workers[host.name], planned)
+if as_gateway:
+    gateway(as_gateway, fleet)
 
-if host.name in fleet.gateways:
-    verify_gateway(fleet.gateways[host.name])
+barrier(name="Gateways are configured")
 
-if planned:
-    retire(fleet.workers[host.name], planned)
+if as_worker and planned:
+    verify_workers(as_worker, planned)
+
+if as_gateway:
+    verify_gateway(as_gateway)
+
+barrier(name="Clients are served")
+
+if as_worker and planned:
+    retire(as_worker, planned)

@@ -6,10 +6,12 @@ note that an earlier run left, wherever such a truth exists.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from pyinfra.api import FactBase, QuoteString, StringCommand
 from typing_extensions import override
@@ -27,8 +29,15 @@ def script(text: str, *arguments: str) -> StringCommand:
     )
 
 
+class _Answer:
+    """Lets `pyinfra inventory.py fact provision.facts.X` print a fact's dataclass."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+
 @dataclass(frozen=True)
-class FileState:
+class FileState(_Answer):
     """A file as it is on the host."""
 
     mode: str
@@ -129,7 +138,7 @@ class SelinuxMode(StrEnum):
 
 
 @dataclass(frozen=True)
-class SelinuxState:
+class SelinuxState(_Answer):
     """Mode of the running system, and the one that /etc/selinux/config sets for the next boot."""
 
     running: SelinuxMode
@@ -164,51 +173,60 @@ class Selinux(FactBase[SelinuxState]):
         )
 
 
-class FirewalldRunning(FactBase[bool]):
-    """Whether firewalld filters on this host now."""
+@dataclass(frozen=True)
+class FirewalldState(_Answer):
+    """Ports (`8009/tcp`) and rich rules of the default zone, now and at the next start."""
 
-    @override
-    def command(self) -> str:
-        return "systemctl is-active --quiet firewalld && echo running || true"
-
-    @staticmethod
-    @override
-    def default() -> bool:
-        return False
-
-    @override
-    def process(self, output: list[str]) -> bool:
-        return output == ["running"]
+    runtime: frozenset[str]
+    permanent: frozenset[str]
 
 
-class FirewalldPorts(FactBase[dict[str, frozenset[str]]]):
-    """Ports and rich rules of the default zone: `runtime` and `permanent`."""
+class Firewalld(FactBase[FirewalldState | None]):
+    """What firewalld's default zone lets in; None where firewalld does not run.
+
+    Asked over D-Bus: the same answers as `firewall-cmd`, which takes a quarter of a second of
+    Python start-up for each. https://firewalld.org/documentation/man-pages/firewalld.dbus.html
+    """
 
     @override
     def command(self) -> StringCommand:
         return script(
-            'for mode in "" --permanent; do firewall-cmd $mode --list-ports | tr " " "\\n"; '
-            "firewall-cmd $mode --list-rich-rules; echo --; done"
+            "systemctl is-active --quiet firewalld || exit 0; "
+            "name=org.fedoraproject.FirewallD1; path=/org/fedoraproject/FirewallD1; "
+            'ask() { printf "%s " "$1"; shift; busctl call $name "$@"; }; '
+            "quoted() { cut -d '\"' -f 2; }; "
+            "zone=$(busctl call $name $path $name getDefaultZone | quoted); "
+            "file=$(busctl call $name $path/config $name.config getZoneByName s $zone | quoted); "
+            "ask runtime $path $name.zone getPorts s $zone; "
+            "ask runtime $path $name.zone getRichRules s $zone; "
+            "ask permanent $file $name.config.zone getPorts; "
+            "ask permanent $file $name.config.zone getRichRules"
         )
 
-    @staticmethod
     @override
-    def default() -> dict[str, frozenset[str]]:
-        return {"runtime": frozenset(), "permanent": frozenset()}
+    def process(self, output: list[str]) -> FirewalldState:
+        found: dict[str, set[str]] = {"runtime": set(), "permanent": set()}
+        for line in output:
+            mode, _, answer = line.partition(" ")
+            found[mode] |= _ports_or_rules(answer)
+        return FirewalldState(
+            runtime=frozenset(found["runtime"]), permanent=frozenset(found["permanent"])
+        )
 
-    @override
-    def process(self, output: list[str]) -> dict[str, frozenset[str]]:
-        split = output.index("--")
-        return {
-            "runtime": frozenset(line.strip() for line in output[:split] if line.strip()),
-            "permanent": frozenset(
-                line.strip() for line in output[split + 1 :] if line.strip() not in ("", "--")
-            ),
-        }
+
+def _ports_or_rules(answer: str) -> set[str]:
+    """From busctl: `aas 1 2 "8009" "tcp"` is a list of ports, `as 1 "rule …"` one of rules."""
+    quoted_strings = re.findall(r'"((?:[^"\\]|\\.)*)"', answer)
+    strings = [re.sub(r"\\(.)", r"\1", text) for text in quoted_strings]
+    if answer.startswith("as "):
+        return set(strings)
+    return {
+        f"{port}/{protocol}" for port, protocol in zip(strings[::2], strings[1::2], strict=True)
+    }
 
 
 @dataclass(frozen=True)
-class UnitState:
+class UnitState(_Answer):
     """A systemd unit as PID 1 sees it; `deployment` is what the *running process* was told."""
 
     active: str = "inactive"
@@ -288,7 +306,7 @@ class WorkerUnits(FactBase[list[str]]):
 
 
 @dataclass(frozen=True)
-class Hardware:
+class Hardware(_Answer):
     """What decides device, threads and wheels."""
 
     nvidia_gpus: int = 0
@@ -330,18 +348,27 @@ class HostHardware(FactBase[Hardware]):
         )
 
 
-class NewestFirst(FactBase[list[str]]):
-    """Names in a folder, the one that was changed last first; partial ones left out."""
+class NewestFirst(FactBase[dict[str, list[str]]]):
+    """Names in each folder, the one that was changed last first; hidden ones left out."""
 
     @override
-    def command(self, path: str) -> StringCommand:
-        return script('ls -1t -- "$1" 2>/dev/null || true', path)
+    def command(self, paths: Iterable[str]) -> StringCommand:
+        return script(
+            'for p; do printf "%s/\\n" "$p"; ls -1t -- "$p" 2>/dev/null; done; true', *paths
+        )
 
     @staticmethod
     @override
-    def default() -> list[str]:
-        return []
+    def default() -> dict[str, list[str]]:
+        return {}
 
     @override
-    def process(self, output: list[str]) -> list[str]:
-        return [name for name in output if not name.startswith(".")]
+    def process(self, output: list[str]) -> dict[str, list[str]]:
+        folders: dict[str, list[str]] = {}
+        names: list[str] = []
+        for line in output:
+            if line.endswith("/"):
+                names = folders.setdefault(line.removesuffix("/"), [])
+            else:
+                names.append(line)
+        return folders

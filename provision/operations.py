@@ -196,13 +196,12 @@ def firewalld(
     + ports: open to everybody
     + ports_from: port -> addresses that may connect; nobody else may
     """
-    if not host.get_fact(facts.FirewalldRunning):
+    found = host.get_fact(facts.Firewalld)
+    if found is None:
         host.noop("firewalld does not run on this host")
         return
-    found = host.get_fact(facts.FirewalldPorts)
     restricted = dict(ports_from or {})
-    for where, flag in (("permanent", ("--permanent",)), ("runtime", ())):
-        present = found[where]
+    for present, flag in ((found.permanent, ("--permanent",)), (found.runtime, ())):
         for port in ports:
             if f"{port}/tcp" not in present:
                 yield quoted("firewall-cmd", "--quiet", *flag, f"--add-port={port}/tcp")
@@ -300,6 +299,19 @@ def _systemctl(verb: str, unit: str) -> StringCommand:
         verb,
         unit,
     )
+
+
+@operation()
+def barrier() -> Commands:
+    """What stands below in deploy.py begins when every host has done what stands above.
+
+    pyinfra orders operations per host only: without one that all hosts share, gateways would be
+    configured while workers are still being installed. A host that failed above stops the
+    others here, so that a gateway never learns of workers that did not come up.
+    """
+    failed = sorted(host.name for host in state.failed_hosts)
+    if executing() and failed:
+        yield fail(f"left as it is from here on, because this failed before: {', '.join(failed)}")
 
 
 class Rollout:

@@ -8,6 +8,7 @@ inventory without that line is refused as well, after connecting but before anyt
 
 from __future__ import annotations
 
+import argparse
 import socket
 import sys
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.inventory import Inventory
 from pyinfra.connectors.ssh import ConnectorData as SshData
 from pyinfra_cli.inventory import make_inventory_from_files
+from pyinfra_cli.util import parse_cli_arg
 
 from gpu_service import bundle
 from provision import rendering
@@ -60,7 +62,9 @@ def check_inventory(filename: str) -> None:
         return
     _being_read.add(filename)
     try:
-        inventory = make_inventory_from_files(filename, cwd=str(Path.cwd()))
+        inventory = make_inventory_from_files(
+            filename, override_data=_overrides(sys.argv), cwd=str(Path.cwd())
+        )
         _checked(inventory, with_files=_deploying(sys.argv))
     except RefusedError as error:
         # Not an exception that pyinfra would show with a traceback: it is for the operator.
@@ -81,6 +85,15 @@ def load(filename: str) -> tuple[Fleet, Inventory]:
 
 def _deploying(argv: Iterable[str]) -> bool:
     return any(Path(argument).name == "deploy.py" for argument in argv)
+
+
+def _overrides(argv: list[str]) -> dict[str, Any]:
+    """What `--data KEY=VALUE` says. pyinfra reads the inventory before it tells anyone."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--data", action="append", default=[])
+    given = options.parse_known_args(argv[1:])[0].data
+    pairs = (argument.partition("=") for argument in given)
+    return {key: parse_cli_arg(value) for key, _, value in pairs}
 
 
 def current_fleet(inventory: Inventory) -> Fleet:

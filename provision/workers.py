@@ -144,7 +144,7 @@ def _install(settings: WorkerSettings, environment: Environment, release: Releas
         user=settings.service_user,
         system=True,
         home=STATE,
-        create_home=False,
+        ensure_home=False,
         shell="/sbin/nologin",
     )
     operations.directories(
@@ -381,8 +381,9 @@ def prune(in_use: Mapping[str, str], keep: int) -> Commands:
     + in_use: folder -> name of the entry in it that is in use
     + keep: entries kept per folder, the one in use included
     """
+    found = host.get_fact(facts.NewestFirst, paths=tuple(in_use))
     for folder, current in in_use.items():
-        names = host.get_fact(facts.NewestFirst, path=folder)
+        names = found.get(folder, [])
         others = [name for name in names if name not in (current, models.CURRENT)]
         for name in others[keep - 1 :]:
             yield quoted("rm", "-rf", "--", f"{folder}/{name}")

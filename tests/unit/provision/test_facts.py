@@ -21,9 +21,21 @@ def test_selinux_running_and_configured() -> None:
 
 def test_firewalld_ports_and_rules() -> None:
     rule = 'rule family="ipv4" source address="10.0.0.11" port port="9005" protocol="tcp" accept'
-    found = facts.FirewalldPorts().process(["8009/tcp", "443/tcp", rule, "--", "", rule, "--"])
-    assert found["runtime"] == {"8009/tcp", "443/tcp", rule}
-    assert found["permanent"] == {rule}
+    escaped = rule.replace('"', '\\"')
+    found = facts.Firewalld().process(
+        [
+            'runtime aas 2 2 "8009" "tcp" 2 "443" "tcp"',
+            "runtime as 0",
+            "permanent a(ss) 0",
+            f'permanent as 1 "{escaped}"',
+        ]
+    )
+    assert found.runtime == {"8009/tcp", "443/tcp"}
+    assert found.permanent == {rule}
+
+
+def test_newest_first_by_folder() -> None:
+    assert facts.NewestFirst().process(["/a/", "3", "2", "/b/"]) == {"/a": ["3", "2"], "/b": []}
 
 
 def test_unit_states_tell_what_the_process_was_started_with() -> None:

@@ -22,8 +22,7 @@ ASKING = (
     "stat -c",
     "readlink",
     "getenforce",
-    "is-active --quiet",
-    "--list-ports",
+    "busctl",
     "systemctl show",
     "list-units",
     'cat "$1" || true',
@@ -131,34 +130,49 @@ def test_selinux_mode(found: list[str], mode: str, expected: list[str]) -> None:
 RULE = 'rule family="ipv4" source address="{}" port port="9005" protocol="tcp" accept'
 
 
+def zone(*entries: str) -> list[str]:
+    """What firewalld says of a zone that has these ports and rules, now and for good."""
+    answers = []
+    for entry in entries:
+        if entry.startswith("rule"):
+            escaped = entry.replace('"', '\\"')
+            answers.append(f'as 1 "{escaped}"')
+        else:
+            port, protocol = entry.split("/")
+            answers.append(f'a(ss) 1 "{port}" "{protocol}"')
+    return [f"{mode} {answer}" for mode in ("runtime", "permanent") for answer in answers] or [
+        "runtime as 0"
+    ]
+
+
 def test_without_firewalld_nothing_is_done() -> None:
-    assert run(operations.firewalld, {"is-active": ""}, ports=[8009]) == []
+    assert run(operations.firewalld, {"busctl": []}, ports=[8009]) == []
 
 
 def test_firewalld_opens_a_port_now_and_for_good() -> None:
-    answers = {"is-active": "running", "--list-ports": ["--", "--"]}
+    answers = {"busctl": zone()}
     assert run(operations.firewalld, answers, ports=[8009]) == [
         "firewall-cmd --quiet --permanent --add-port=8009/tcp",
         "firewall-cmd --quiet --add-port=8009/tcp",
     ]
-    answers = {"is-active": "running", "--list-ports": ["8009/tcp", "--", "8009/tcp", "--"]}
+    answers = {"busctl": zone("8009/tcp")}
     assert run(operations.firewalld, answers, ports=[8009]) == []
 
 
 def test_a_gateway_that_left_loses_its_way_to_the_workers() -> None:
     old, new = RULE.format("10.0.0.9"), RULE.format("10.0.0.11")
-    answers = {"is-active": "running", "--list-ports": [old, "--", old, "--"]}
+    answers = {"busctl": zone(old)}
     commands = run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]})
     assert len(commands) == 4
     assert sum("--remove-rich-rule" in c and "10.0.0.9" in c for c in commands) == 2
     assert sum("--add-rich-rule" in c and "10.0.0.11" in c for c in commands) == 2
-    answers = {"is-active": "running", "--list-ports": [new, "--", new, "--"]}
+    answers = {"busctl": zone(new)}
     assert run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]}) == []
 
 
 def test_a_worker_port_that_was_open_to_all_is_closed() -> None:
     new = RULE.format("10.0.0.11")
-    answers = {"is-active": "running", "--list-ports": ["9005/tcp", new, "--", new, "--"]}
+    answers = {"busctl": zone(new) + zone("9005/tcp")[:1]}
     assert run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]}) == [
         "firewall-cmd --quiet --remove-port=9005/tcp"
     ]

@@ -1,0 +1,137 @@
+"""Disposable hosts that are deployed once a session, and the tools to look at what happened.
+
+The lab is this session's own (`deploytest`), so that a lab of `make deploy` is not disturbed. The
+wheelhouse and the base image are cached; results never are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lab
+from lab import requirements
+from lab.state import InventoryHost
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+LAB = "deploytest"
+BIN = Path(sys.executable).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All of these need hosts. They run in file order: each leaves the hosts deployed."""
+    problems = requirements.unmet()
+    for item in items:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        item.add_marker(pytest.mark.lab)
+        if problems:
+            item.add_marker(pytest.mark.skip(reason=f"no lab here: {'; '.join(problems)}"))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of pyinfra came to."""
+
+    returncode: int
+    output: str
+    changed: dict[str, list[str]]  # host -> operations that changed it, or would with --dry
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The lab's hosts and the command that deploys to them."""
+
+    hosts: dict[str, InventoryHost]
+    gateway_url: str
+    model: Path
+
+    def command(self, *arguments: str, **data: object) -> list[str]:
+        settings = {"model": str(self.model), **data}
+        pairs = [f"--data={key}={_as_argument(value)}" for key, value in settings.items()]
+        return [str(BIN / "pyinfra"), *arguments, "inventory.py", "deploy.py", *pairs]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "GATEWAY_LAB": LAB, "PYINFRA_PROGRESS": "off"}
+
+    def run(self, *arguments: str, timeout_s: float = 300, **data: object) -> Run:
+        """Deploy; settings by keyword. `changed` comes from pyinfra's own JSON."""
+        result = subprocess.run(
+            self.command("-y", "--json", *arguments, **data),
+            cwd=CHECKOUT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+        return Run(result.returncode, result.stdout + result.stderr, _changes(result.stdout))
+
+    def on(self, host: str, *command: str, check: bool = True) -> str:
+        """Output of a command on a host."""
+        found = self.hosts[host]
+        result = subprocess.run(
+            ["ssh", "-F", found["ssh_config_file"], host, "--", *command],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        if check and result.returncode:
+            raise AssertionError(f"{host}: {' '.join(command)}: {result.stdout}{result.stderr}")
+        return result.stdout
+
+
+def _as_argument(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _changes(stdout: str) -> dict[str, list[str]]:
+    try:
+        report: dict[str, Any] = json.loads(stdout)
+    except json.JSONDecodeError:
+        return {}  # a run that failed prints no report
+    dry = report["results"] is None
+    operations = report["plan"] if dry else report["results"]["operations"]
+    changed: dict[str, list[str]] = {}
+    for operation in operations:
+        for host in operation["hosts_with_change" if dry else "success"]:
+            changed.setdefault(host, []).append(operation["name"])
+    return changed
+
+
+def lab_command(*arguments: str) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "lab", "--name", LAB, *arguments],
+        cwd=CHECKOUT,
+        check=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="session")
+def deployment(bundle_folder: Path) -> Iterator[Deployment]:
+    """Two fresh hosts, not yet deployed."""
+    subprocess.run(
+        [sys.executable, "-m", "provision.wheelhouse", "build", "--if-missing"],
+        cwd=CHECKOUT,
+        check=True,
+        timeout=900,
+    )
+    lab_command("down")
+    lab_command("up")
+    try:
+        hosts = lab.inventory(LAB)
+        gateway = hosts["gw1"]["ssh_hostname"]
+        yield Deployment(
+            hosts=hosts, gateway_url=f"ws://{gateway}:8009", model=bundle_folder
+        )
+    finally:
+        lab_command("down")
