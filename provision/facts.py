@@ -284,8 +284,8 @@ def _unit_state(values: dict[str, str]) -> UnitState:
     )
 
 
-class WorkerUnits(FactBase[list[str]]):
-    """Names of all `gpu-worker@PORT` instances that are enabled, running or failed."""
+class WorkerPorts(FactBase[list[int]]):
+    """Ports of all `gpu-worker@PORT` instances that are enabled, running or failed."""
 
     @override
     def command(self) -> str:
@@ -297,12 +297,13 @@ class WorkerUnits(FactBase[list[str]]):
 
     @staticmethod
     @override
-    def default() -> list[str]:
+    def default() -> list[int]:
         return []
 
     @override
-    def process(self, output: list[str]) -> list[str]:
-        return [line for line in output if re.fullmatch(r"gpu-worker@\d+\.service", line)]
+    def process(self, output: list[str]) -> list[int]:
+        matches = (re.fullmatch(r"gpu-worker@(\d+)\.service", line) for line in output)
+        return [int(match.group(1)) for match in matches if match]
 
 
 @dataclass(frozen=True)

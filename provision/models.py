@@ -1,7 +1,8 @@
 """The model on a worker host: uploaded beside, verified by SHA-256, swapped in as one folder.
 
 A version's folder never changes once it has its name; `current` is a link that one rename
-moves. Nothing here knows torch: a bundle is files that a manifest pins.
+moves when every worker of the host serves that version. Nothing here knows torch: a bundle is
+files that a manifest pins.
 """
 
 from __future__ import annotations
@@ -53,16 +54,6 @@ def load(folder: Path) -> Model:
         version=manifest.version,
         digest=bundle.digest(folder),
         files=(*sorted(manifest.files), bundle.MANIFEST),
-    )
-
-
-def install(model: Model) -> None:
-    """Have the bundle on the host and make it current."""
-    upload(name=f"Model {model.name} {model.version} is on the host", model=model)
-    operations.link(
-        name=f"Model {model.name} {model.version} is current",
-        path=model.link,
-        target=model.version,
     )
 
 

@@ -324,39 +324,87 @@ class Rollout:
         self.failed_on: str | None = None
 
 
-@operation()
-def roll_workers(deployments: Mapping[str, str], rollout: Rollout) -> Commands:
-    """Workers enabled and running what was declared: started or restarted one after the other.
+@dataclass(frozen=True, kw_only=True)
+class WorkerUnit:
+    """One worker: its unit, the settings file that switches it, and the digest in that file."""
 
-    + deployments: unit -> digest of everything that the worker is made of
+    name: str
+    settings: ManagedFile
+    deployment: str
+
+    def runs(self, state: facts.UnitState) -> bool:
+        return state.active == "active" and state.deployment == self.deployment
+
+
+@operation()
+def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
+    """Workers enabled and running what was declared: switched one after the other.
+
+    + workers: in the order in which they are switched
     + rollout: shared by all hosts of the run; use with `_serial=True`
 
-    `systemctl restart` returns when the worker is ready (`Type=notify`). The digest is compared
-    with the one that the running process was started with, so nothing is restarted twice and
-    nothing is forgotten when a run is cut.
+    Each worker's settings file is swapped in just before its restart, so one whose turn has not
+    come would, crashing, come back as it was. `systemctl restart` returns when the worker is
+    ready (`Type=notify`). One that does not become ready gets its previous settings back, and
+    no other is touched. Compared is what the *running process* was started with, so nothing is
+    restarted twice, and nothing is forgotten when a run is cut.
     """
-    found = host.get_fact(facts.UnitStates, units=tuple(deployments))
+    workers = list(workers)
+    found = host.get_fact(facts.UnitStates, units=tuple(worker.name for worker in workers))
+    files = host.get_fact(facts.FileStates, paths=tuple(worker.settings.path for worker in workers))
     if any(unit.needs_daemon_reload for unit in found.values()):
         yield quoted("systemctl", "daemon-reload")
-    for unit, wanted in deployments.items():
-        current = found.get(unit, facts.UnitState())
-        if not current.enabled:
-            yield quoted("systemctl", "enable", "--quiet", unit)
-        if current.active == "active" and current.deployment == wanted:
+    for worker in workers:
+        running = found.get(worker.name, facts.UnitState())
+        in_place = worker.settings.matches(files.get(worker.settings.path))
+        if not running.enabled:
+            yield quoted("systemctl", "enable", "--quiet", worker.name)
+        if worker.runs(running) and in_place:
             continue
         if executing() and rollout.failed_on:
-            yield fail(f"{unit} was left as it is, because {rollout.failed_on} failed before it")
+            yield fail(f"{worker.name} is as it was, because {rollout.failed_on} failed before it")
             return
-        # Stays set if the command below fails, since the generator is not resumed then.
-        rollout.failed_on = f"{unit} on {host.name}" if executing() else None
-        yield _systemctl("restart", unit)
+        if not in_place:
+            _show_diff(worker.settings)
+            yield script('[ ! -f "$1" ] || cp -p "$1" "$1.previous"', worker.settings.path)
+            yield from _swap_in(worker.settings, None)
+        if worker.runs(running):
+            continue  # only the file had drifted
+        # Stays set if the restart fails, since the generator is not resumed then.
+        rollout.failed_on = f"{worker.name} on {host.name}" if executing() else None
+        yield _restart_or_go_back(worker)
         rollout.failed_on = None
 
 
+def _restart_or_go_back(worker: WorkerUnit) -> StringCommand:
+    return script(
+        'systemctl restart "$1" && { rm -f "$2.previous"; exit 0; }; '
+        'echo "$1 failed to become ready; its last words:" >&2; '
+        'journalctl -u "$1" -n 20 --no-pager -o cat >&2; '
+        '[ -f "$2.previous" ] || exit 1; '
+        'mv -f "$2.previous" "$2"; '
+        'systemctl restart "$1" && echo "$1 serves again what it served before" >&2; exit 1',
+        worker.name,
+        worker.settings.path,
+    )
+
+
 @operation()
-def retire_workers(keep: Iterable[str]) -> Commands:
-    """Stop and disable worker instances that are no longer declared; they drain first."""
+def retire_workers(keep: Iterable[int], settings_file: Callable[[int], str]) -> Commands:
+    """Worker instances that are no longer declared: drained, stopped, disabled, forgotten.
+
+    + keep: ports that stay
+    + settings_file: port -> path of its settings
+    """
     kept = set(keep)
-    for unit in host.get_fact(facts.WorkerUnits):
-        if unit not in kept:
-            yield quoted("systemctl", "disable", "--quiet", "--now", unit)
+    retired = [port for port in host.get_fact(facts.WorkerPorts) if port not in kept]
+    if not retired:
+        return
+    firewall = host.get_fact(facts.Firewalld)
+    for port in retired:
+        yield quoted("systemctl", "disable", "--quiet", "--now", f"gpu-worker@{port}.service")
+        yield quoted("rm", "-f", "--", settings_file(port))
+        if firewall is None:
+            continue
+        for present, flag in ((firewall.permanent, ("--permanent",)), (firewall.runtime, ())):
+            yield from _only_from(port, [], present, flag)

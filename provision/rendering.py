@@ -88,9 +88,6 @@ def check_all(fleet: Fleet) -> None:
 def unit_placeholders() -> dict[str, Any]:
     """Stand-ins for what is known only on the host, for a trial rendering."""
     return {
-        "python": "/bin/false",
-        "release": "/nonexistent",
-        "model_link": "/nonexistent",
         "settings_dir": "/nonexistent",
         "gateway_addresses": ["192.0.2.1"],
         "has_gpu": False,

@@ -8,8 +8,8 @@ On the host:
     /etc/gpu-service/worker-PORT.env    settings of one worker
     /etc/systemd/system/gpu-worker@.service
 
-Environments and releases never change once complete; the unit names both by their digests, so
-writing the unit is the one step that switches, and a running worker keeps what it started with.
+Environments, releases and bundles never change once complete. A worker's settings file names
+all three by their versions, so swapping that file in is the one step that switches it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pyinfra.operations import server, yum
 from provision import facts, models, operations, preflight, rendering, wheelhouse
 from provision.facts import Hardware, quoted, script
 from provision.models import Model
-from provision.operations import Commands, ManagedFile, Rollout
+from provision.operations import Commands, ManagedFile, Rollout, WorkerUnit
 from provision.rendering import CHECKOUT
 from provision.settings import Fleet, WorkerSettings
 
@@ -43,6 +43,10 @@ UNIT_FILE = "/etc/systemd/system/gpu-worker@.service"
 
 def unit(port: int) -> str:
     return f"gpu-worker@{port}.service"
+
+
+def settings_path(port: int) -> str:
+    return f"{ETC}/worker-{port}.env"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,18 +109,26 @@ def plan(settings: WorkerSettings) -> Plan:
 def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
     """Bring one worker host to its declared state, and its workers to ready."""
     _install(settings, planned.environment, planned.release)
-    models.install(planned.model)
-    files = unit_files(settings, fleet, planned)
-    operations.place_files(name="Units and settings", files=files)
+    models.upload(
+        name=f"Model {planned.model.name} {planned.model.version} is on the host",
+        model=planned.model,
+    )
+    template = unit_file(settings, fleet, planned)
+    operations.place_files(name="Unit of the workers", files=[template])
     operations.firewalld(
         name="Worker ports are open to the gateways only",
         ports_from={port: fleet.gateway_addresses() for port in settings.worker_ports},
     )
     operations.roll_workers(
         name="Workers run what was declared, one after the other",
-        deployments=deployments(settings, files),
+        workers=worker_units(settings, planned, template),
         rollout=_ROLLOUT,
         _serial=True,
+    )
+    operations.link(
+        name=f"Model {planned.model.name} {planned.model.version} is current",
+        path=planned.model.link,
+        target=planned.model.version,
     )
 
 
@@ -124,7 +136,7 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
 def retire(settings: WorkerSettings, planned: Plan) -> None:
     """After the gateways have moved on: what is no longer declared stops and goes."""
     operations.retire_workers(
-        name="No other workers", keep=[unit(port) for port in settings.worker_ports]
+        name="No other workers", keep=settings.worker_ports, settings_file=settings_path
     )
     prune(
         name=f"At most {settings.keep_versions} versions are kept",
@@ -290,34 +302,35 @@ def build_release() -> Release:
     )
 
 
-def unit_files(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> list[ManagedFile]:
-    """The unit and one settings file per worker; each names the deployment that it belongs to."""
-    template = ManagedFile(
+def unit_file(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> ManagedFile:
+    """The template unit of all workers of a host."""
+    return ManagedFile(
         path=UNIT_FILE,
         content=rendering.render(
             "gpu-worker@.service.j2",
-            python=planned.python,
-            release=planned.release.folder,
             settings_dir=ETC,
             worker=settings,
             gateway_addresses=fleet.gateway_addresses(),
             has_gpu=uses_gpu(settings, planned.hardware),
         ),
     )
+
+
+def worker_units(
+    settings: WorkerSettings, planned: Plan, template: ManagedFile
+) -> list[WorkerUnit]:
+    """The workers of a host, in the order in which they are switched."""
     return [
-        template,
-        *(
-            _settings_file(index, port, settings, planned, template)
-            for index, port in enumerate(settings.worker_ports)
-        ),
+        _worker_unit(index, port, settings, planned, template)
+        for index, port in enumerate(settings.worker_ports)
     ]
 
 
-def _settings_file(
+def _worker_unit(
     index: int, port: int, settings: WorkerSettings, planned: Plan, template: ManagedFile
-) -> ManagedFile:
-    values = {
-        "bundle": planned.model.link,
+) -> WorkerUnit:
+    options = {
+        "bundle": planned.model.folder,
         "host": settings.worker_listen,
         "port": port,
         "device": device(index, settings, planned.hardware),
@@ -325,13 +338,20 @@ def _settings_file(
         "worker": f"{host.name}:{port}",
         **settings.service_options,
     }
-    text = "".join(f"{_variable(name)}={_env_quoted(value)}\n" for name, value in values.items())
+    values = {
+        "GPU_WORKER_PYTHON": planned.python,
+        "PYTHONPATH": planned.release.folder,
+        **{_variable(name): value for name, value in options.items()},
+    }
+    text = "".join(f"{name}={_env_quoted(value)}\n" for name, value in values.items())
     # What the worker is made of, besides this file: a change of any part restarts it.
     parts = [text, template.sha256, planned.model.digest]
     deployment = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    return ManagedFile(
-        path=f"{ETC}/worker-{port}.env",
-        content=f"{text}{_variable('deployment')}={deployment}\n".encode(),
+    content = f"{text}{_variable('deployment')}={deployment}\n".encode()
+    return WorkerUnit(
+        name=unit(port),
+        settings=ManagedFile(path=settings_path(port), content=content),
+        deployment=deployment,
     )
 
 
@@ -361,17 +381,6 @@ def device(index: int, settings: WorkerSettings, hardware: Hardware) -> str:
 def threads(settings: WorkerSettings, hardware: Hardware) -> int:
     """Intra-op threads of each worker: the cores shared out, at least one."""
     return max(1, hardware.cpu_cores // len(settings.worker_ports))
-
-
-def deployments(settings: WorkerSettings, files: list[ManagedFile]) -> Mapping[str, str]:
-    """Unit -> the deployment digest that its settings file carries."""
-    by_path = {file.path: file for file in files}
-    found = {}
-    for port in settings.worker_ports:
-        content = by_path[f"{ETC}/worker-{port}.env"].content
-        assert isinstance(content, bytes)
-        found[unit(port)] = content.decode().rsplit("=", 1)[1].strip()
-    return found
 
 
 @operation()

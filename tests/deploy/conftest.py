@@ -117,7 +117,7 @@ def lab_command(*arguments: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def deployment(bundle_folder: Path) -> Iterator[Deployment]:
+def deployment(trained: Path) -> Iterator[Deployment]:
     """Two fresh hosts, not yet deployed."""
     subprocess.run(
         [sys.executable, "-m", "provision.wheelhouse", "build", "--if-missing"],
@@ -130,8 +130,6 @@ def deployment(bundle_folder: Path) -> Iterator[Deployment]:
     try:
         hosts = lab.inventory(LAB)
         gateway = hosts["gw1"]["ssh_hostname"]
-        yield Deployment(
-            hosts=hosts, gateway_url=f"ws://{gateway}:8009", model=bundle_folder
-        )
+        yield Deployment(hosts=hosts, gateway_url=f"ws://{gateway}:8009", model=trained)
     finally:
         lab_command("down")

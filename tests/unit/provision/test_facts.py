@@ -79,4 +79,4 @@ def test_hardware_counts_gpus_that_the_driver_serves() -> None:
 
 def test_only_worker_units_are_taken_for_workers() -> None:
     lines = ["gpu-worker@9005.service", "gpu-worker@x.service", "other.service"]
-    assert facts.WorkerUnits().process(lines) == ["gpu-worker@9005.service"]
+    assert facts.WorkerPorts().process(lines) == [9005]

@@ -14,7 +14,7 @@ from pyinfra.api.operations import run_ops
 from pyinfra.api.state import StateStage
 
 from provision import operations
-from provision.operations import ManagedFile, Rollout
+from provision.operations import ManagedFile, Rollout, WorkerUnit
 
 Answers = dict[str, Any]
 # What every fact's script starts with; commands that ask are left out of what a test sees.
@@ -189,43 +189,81 @@ def unit_answer(unit: str, *, active: str = "active", deployment: str = "d1") ->
     ]
 
 
-A, B = "gpu-worker@9005.service", "gpu-worker@9006.service"
+def worker_unit(port: int) -> WorkerUnit:
+    settings = ManagedFile(path=f"/etc/gpu-service/worker-{port}.env", content=b"x=1\n")
+    return WorkerUnit(name=f"gpu-worker@{port}.service", settings=settings, deployment="d1")
+
+
+A, B = worker_unit(9005), worker_unit(9006)
+
+
+def answers(*states: list[str], files: tuple[WorkerUnit, ...] = (A, B)) -> Answers:
+    placed = [
+        line
+        for worker in files
+        for line in ("644 root root", f"{worker.settings.sha256}  -", worker.settings.path)
+    ]
+    return {"systemctl show": [line for state in states for line in state], "sha256sum <": placed}
+
+
+def roll(script: Answers, *workers: WorkerUnit) -> list[str]:
+    return run(operations.roll_workers, script, workers=workers, rollout=Rollout())
 
 
 def test_workers_that_run_what_was_declared_are_not_restarted() -> None:
-    answers = {"systemctl show": unit_answer(A) + unit_answer(B)}
-    wanted = {A: "d1", B: "d1"}
-    assert run(operations.roll_workers, answers, deployments=wanted, rollout=Rollout()) == []
+    assert roll(answers(unit_answer(A.name), unit_answer(B.name)), A, B) == []
 
 
 def test_only_what_runs_something_else_is_restarted() -> None:
-    answers = {"systemctl show": unit_answer(A) + unit_answer(B, deployment="d0")}
-    wanted = {A: "d1", B: "d1"}
-    commands = run(operations.roll_workers, answers, deployments=wanted, rollout=Rollout())
+    script = answers(unit_answer(A.name), unit_answer(B.name, deployment="d0"))
+    commands = roll(script, A, B)
     assert len(commands) == 1
-    assert f"restart {B}" in commands[0]
+    assert "systemctl restart" in commands[0]
+    assert B.name in commands[0]
 
 
 def test_a_worker_that_is_down_is_started_although_its_settings_are_right() -> None:
-    answers = {"systemctl show": unit_answer(A, active="failed")}
-    commands = run(operations.roll_workers, answers, deployments={A: "d1"}, rollout=Rollout())
-    assert f"restart {A}" in commands[-1]
+    commands = roll(answers(unit_answer(A.name, active="failed")), A)
+    assert "systemctl restart" in commands[-1]
+
+
+def test_each_worker_gets_its_settings_just_before_its_own_restart() -> None:
+    stale = (unit_answer(A.name, deployment="d0"), unit_answer(B.name, deployment="d0"))
+    commands = roll(answers(*stale, files=()), A, B)
+    order = [
+        (kind, worker.name)
+        for command in commands
+        for worker in (A, B)
+        for kind, sign in (("swap", "mv -fT"), ("restart", "systemctl restart"))
+        if sign in command and (worker.settings.path in command)
+    ]
+    assert order == [
+        ("swap", A.name),
+        ("restart", A.name),
+        ("swap", B.name),
+        ("restart", B.name),
+    ]
+
+
+def test_a_settings_file_that_drifted_is_put_right_without_a_restart() -> None:
+    commands = roll(answers(unit_answer(A.name), files=()), A)
+    assert any("mv -fT" in command for command in commands)
+    assert not any("systemctl restart" in command for command in commands)
 
 
 def test_after_a_failure_no_other_worker_of_any_host_is_restarted() -> None:
-    stale = unit_answer(A, deployment="d0") + unit_answer(B, deployment="d0")
-    script: Answers = {"systemctl show": stale, "gateway restart": {"success": False}}
+    script = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, deployment="d0")) | {
+        "systemctl restart": {"success": False}
+    }
     hosts = FakeHosts({"one": dict(script), "two": dict(script)})
     rollout = Rollout()
     with pytest.raises(Exception, match="hosts"):
-        hosts.run(
-            operations.roll_workers, deployments={A: "d1", B: "d1"}, rollout=rollout, _serial=True
-        )
+        hosts.run(operations.roll_workers, workers=[A, B], rollout=rollout, _serial=True)
     restarts = [
         command
         for host in hosts.state.inventory
         for command in host.connector.executed_commands
-        if "gateway restart" in command
+        if "systemctl restart" in command
     ]
     assert len(restarts) == 1
     assert rollout.failed_on is not None
@@ -240,7 +278,11 @@ def test_nginx_is_reloaded_only_for_another_configuration() -> None:
     assert run(operations.nginx_active, answers, files=[FILE]) == []
 
 
-def test_workers_that_are_no_longer_declared_are_stopped() -> None:
-    answers = {"list-units": [A, B]}
-    commands = run(operations.retire_workers, answers, keep=[A])
-    assert commands == [f"systemctl disable --quiet --now {B}"]
+def test_a_worker_that_is_no_longer_declared_is_stopped_and_its_rules_go() -> None:
+    script: Answers = {"list-units": [A.name, B.name], "busctl": zone(RULE.format("10.0.0.11"))}
+    arguments = {"settings_file": "/etc/gpu-service/worker-{}.env".format}
+    assert run(operations.retire_workers, script, keep=[9005, 9006], **arguments) == []
+    commands = run(operations.retire_workers, script, keep=[9006], **arguments)
+    assert commands[0] == f"systemctl disable --quiet --now {A.name}"
+    assert commands[1] == "rm -f -- /etc/gpu-service/worker-9005.env"
+    assert sum("--remove-rich-rule" in command for command in commands) == 2

@@ -1,0 +1,284 @@
+"""The deploy against real hosts, in the order of a host's life: bare, deployed, changed, broken,
+interrupted, rebooted. Each test leaves the hosts deployed for the next.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import safetensors.numpy
+
+from gpu_service import bundle
+from tests.deploy.conftest import CHECKOUT, LAB, Deployment, lab_command
+
+UNITS = ("gpu-worker@9005.service", "gpu-worker@9006.service")
+
+
+def wait_for(condition: Callable[[], bool], *, what: str, within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within_s} s: {what}"
+        time.sleep(0.1)  # between two looks; the condition decides
+
+
+def main_pids(deployment: Deployment) -> dict[str, str]:
+    return {
+        unit: deployment.on("gpu1", "systemctl", "show", unit, "-p", "MainPID", "--value").strip()
+        for unit in UNITS
+    }
+
+
+def nginx_workers(deployment: Deployment) -> set[str]:
+    return set(deployment.on("gw1", "pgrep", "-f", "nginx: worker").split())
+
+
+def test_first_run_turns_bare_hosts_into_a_gateway_with_workers(deployment: Deployment) -> None:
+    first = deployment.run()
+    assert first.returncode == 0, first.output
+    assert "verified: gpu1:9005 serves digits" in first.output
+    assert "verified: gpu1:9006 serves digits" in first.output
+    assert "answers a WebSocket handshake with 101" in first.output
+    assert any("nginx" in name for name in first.changed["gw1"])
+    assert any("Virtual environment" in name for name in first.changed["gpu1"])
+
+
+def test_second_run_changes_nothing_and_dry_says_so(deployment: Deployment) -> None:
+    pids = main_pids(deployment), nginx_workers(deployment)
+    second = deployment.run()
+    assert second.returncode == 0, second.output
+    assert second.changed == {}
+    dry = subprocess.run(
+        [argument for argument in deployment.command("--dry", "--json") if argument != "-y"],
+        cwd=CHECKOUT,
+        env=deployment.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert dry.returncode == 0, dry.stderr
+    assert not [op for op in json.loads(dry.stdout)["plan"] if op["hosts_with_change"]]
+    assert (main_pids(deployment), nginx_workers(deployment)) == pids
+
+
+def test_hosts_are_as_declared(deployment: Deployment) -> None:
+    """Step one of the runbook, as its reader runs it."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "tests/hosts", "--inventory", "inventory.py"],
+        cwd=CHECKOUT,
+        env=deployment.environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+def test_worker_ports_are_closed_to_everybody_else(deployment: Deployment) -> None:
+    """From the lab's controller, an address on the same network that is no gateway."""
+    probe = "import socket; socket.create_connection(('10.77.0.21', 9005), timeout=3)"
+    command = ["--name", LAB, "run", sys.executable, "-c", probe]
+    outside = subprocess.run(
+        [sys.executable, "-m", "lab", *command], cwd=CHECKOUT, capture_output=True, text=True
+    )
+    assert outside.returncode != 0, "an address that is no gateway reached a worker"
+    inside = deployment.on(
+        "gw1", "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://10.77.0.21:9005/v2"
+    )
+    assert inside == "200"
+
+
+def test_dry_tells_of_a_changed_setting_and_touches_nothing(deployment: Deployment) -> None:
+    before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
+    result = subprocess.run(
+        deployment.command("--dry", "--json", keepalive_timeout_s=66),
+        cwd=CHECKOUT,
+        env=deployment.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    plan = json.loads(result.stdout)["plan"]
+    changed = [op["name"] for op in plan if op["hosts_with_change"]]
+    assert any("nginx.conf" in name for name in changed), changed
+    assert deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf") == before
+
+
+def test_a_gateway_setting_reloads_nginx_and_leaves_the_workers_alone(
+    deployment: Deployment,
+) -> None:
+    pids = main_pids(deployment)
+    master = deployment.on("gw1", "cat", "/run/nginx.pid")
+    changed = deployment.run(keepalive_timeout_s=66)
+    assert changed.returncode == 0, changed.output
+    assert set(changed.changed) == {"gw1"}
+    assert "keepalive_timeout 66;" in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+    assert deployment.on("gw1", "cat", "/run/nginx.pid") == master, "a restart, not a reload"
+    assert main_pids(deployment) == pids
+    assert deployment.run().returncode == 0
+
+
+@pytest.fixture
+def broken_include(deployment: Deployment) -> Iterator[str]:
+    """A file that nobody manages makes every configuration of this host invalid."""
+    path = "/etc/nginx/conf.d/broken.conf"
+    deployment.on("gw1", f"echo 'not_a_directive;' > {path}")
+    yield path
+    deployment.on("gw1", "rm", "-f", path)
+
+
+def test_a_configuration_that_nginx_refuses_never_goes_live(
+    deployment: Deployment, broken_include: str
+) -> None:
+    before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
+    result = deployment.run(keepalive_timeout_s=67)
+    assert result.returncode != 0
+    assert "refused by nginx -t" in result.output
+    assert "not_a_directive" in result.output
+    assert deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf") == before
+    assert ready_through(deployment)
+    deployment.on("gw1", "rm", "-f", broken_include)
+    assert deployment.run().returncode == 0
+
+
+def ready_through(deployment: Deployment) -> bool:
+    url = deployment.gateway_url.replace("ws:", "http:") + "/v2/health/ready"
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def test_drift_is_repaired(deployment: Deployment) -> None:
+    deployment.on("gpu1", "systemctl", "stop", UNITS[0])
+    deployment.on("gpu1", "chmod", "600", "/etc/gpu-service/worker-9006.env")
+    deployment.on("gw1", "rm", "/usr/share/nginx/gateway/50x.html")
+    deployment.on("gw1", "systemctl", "disable", "--now", "nginx")
+    repaired = deployment.run()
+    assert repaired.returncode == 0, repaired.output
+    assert set(repaired.changed) == {"gw1", "gpu1"}
+    assert deployment.run().changed == {}
+
+
+def test_a_new_setting_restarts_workers_one_after_the_other(deployment: Deployment) -> None:
+    before = main_pids(deployment)
+    started = {"service_options": {"max_batch": 32}}
+    result = deployment.run(**started)
+    assert result.returncode == 0, result.output
+    after = main_pids(deployment)
+    assert all(after[unit] != before[unit] for unit in UNITS)
+    # The second was told to stop only after the first was ready.
+    stamp = "ActiveEnterTimestampMonotonic"
+    ready = deployment.on("gpu1", "systemctl", "show", UNITS[0], "-p", stamp, "--value")
+    stamp = "InactiveEnterTimestampMonotonic"
+    stopped = deployment.on("gpu1", "systemctl", "show", UNITS[1], "-p", stamp, "--value")
+    assert int(stopped) > int(ready)
+
+
+def test_a_worker_that_does_not_become_ready_goes_back_and_stops_the_rollout(
+    deployment: Deployment,
+) -> None:
+    """The model is intact, but does not answer as it did when it was trained."""
+    before = main_pids(deployment)
+    shutil.copytree(deployment.model, broken := deployment.model.parent / "broken")
+    try:
+        _spoil_expected_outputs(broken)
+        result = dataclasses.replace(deployment, model=broken).run()
+    finally:
+        shutil.rmtree(broken)
+    assert result.returncode != 0
+    assert "gpu-worker@9005.service failed to become ready" in result.output
+    assert "gpu-worker@9005.service serves again what it served before" in result.output
+    assert "gw1" in result.output
+    assert main_pids(deployment)[UNITS[1]] == before[UNITS[1]], "the second was touched"
+    assert ready_through(deployment)
+    again = deployment.run()
+    assert again.returncode == 0, again.output
+
+
+def _spoil_expected_outputs(folder: Path) -> None:
+    """Another version, intact by its digests, whose golden answers are not the model's."""
+    samples = safetensors.numpy.load_file(folder / bundle.SAMPLES)
+    samples["expected.logits"] = samples["expected.logits"][::-1].copy()
+    safetensors.numpy.save_file(samples, folder / bundle.SAMPLES)
+    content = (folder / bundle.SAMPLES).read_bytes()
+    manifest = json.loads((folder / bundle.MANIFEST).read_text())
+    manifest["version"] = "broken"
+    manifest["files"][bundle.SAMPLES] = {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+    }
+    (folder / bundle.MANIFEST).write_text(json.dumps(manifest))
+    bundle.verify(folder)
+
+
+def test_a_port_that_is_no_longer_declared_is_retired(deployment: Deployment) -> None:
+    assert deployment.run(worker_ports=[9005, 9006, 9007]).returncode == 0
+    assert "active" in deployment.on("gpu1", "systemctl", "is-active", "gpu-worker@9007")
+    assert "10.77.0.21:9007" in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+    back = deployment.run()
+    assert back.returncode == 0, back.output
+    state = deployment.on("gpu1", "systemctl", "is-active", "gpu-worker@9007", check=False)
+    assert state.strip() == "inactive"
+    assert "9007" not in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+    assert "9007" not in deployment.on("gpu1", "firewall-cmd", "--list-rich-rules")
+    assert deployment.run().changed == {}
+
+
+@pytest.mark.parametrize("after", ["Unit of the workers", "nginx.conf, checked", "one after"])
+def test_a_run_that_is_killed_is_repaired_by_running_it_again(
+    deployment: Deployment, after: str
+) -> None:
+    """Killed the moment an operation begins, with changes of gateway and workers under way."""
+    changes = {"keepalive_timeout_s": 70, "service_options": {"max_batch": 16}}
+    process = subprocess.Popen(
+        deployment.command("-y", **changes),
+        cwd=CHECKOUT,
+        env=deployment.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Starting" in line and after in line:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    repaired = deployment.run(**changes)
+    assert repaired.returncode == 0, repaired.output
+    assert deployment.run(**changes).changed == {}
+    assert deployment.run().returncode == 0
+
+
+def test_everything_is_back_after_a_reboot(deployment: Deployment) -> None:
+    for host in ("gw1", "gpu1"):
+        lab_command("reboot", host)
+    wait_for(lambda: ready_through(deployment), what="a worker ready through the gateway")
+    for unit in UNITS:
+        wait_for(
+            lambda unit=unit: (
+                "active"
+                in deployment.on(  # type: ignore[misc]
+                    "gpu1", "systemctl", "is-active", unit, check=False
+                ).split()
+            ),
+            what=f"{unit} active",
+        )
+    after = deployment.run()
+    assert after.returncode == 0, after.output
+    assert after.changed == {}
