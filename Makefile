@@ -27,13 +27,24 @@ $(READY): requirements/dev.txt requirements/data.txt
 	@touch $@
 
 deploy: $(READY) ## lab hosts, a trained model, a deploy, predictions through the gateway
-	@$(BIN)/python -m lab demo
+	@echo "==> 1/5 two hosts on this machine"
+	@$(BIN)/python -m lab up
+	@echo "==> 2/5 a model, trained with DistributedDataParallel"
+	@if ls models/digits/*/manifest.json >/dev/null 2>&1; then echo "there is one in models/digits"; \
+	  else $(MAKE) --no-print-directory model; fi
+	@echo "==> 3/5 wheels for hosts without internet"
+	@$(BIN)/python -m provision.wheelhouse build --if-missing
+	@echo "==> 4/5 pyinfra inventory.py deploy.py"
+	@$(BIN)/pyinfra -y inventory.py deploy.py
+	@echo "==> 5/5 test images through ws://localhost:8009"
+	@$(BIN)/python -m gpu_service predict ws://localhost:8009 --bundle models/digits
+	@cat docs/after-deploy.txt
 
 down: $(READY) ## stop the lab's hosts and remove them
 	@$(BIN)/python -m lab down
 
 model: $(READY) ## train the example model with DistributedDataParallel
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 -m gpu_service.training --output models
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 -m gpu_service.training --output models
 
 wheelhouse: $(READY) ## the wheels that GPU hosts without internet need
 	@$(BIN)/python -m provision.wheelhouse build

@@ -8,7 +8,7 @@ from pyinfra import host, inventory
 
 from provision import preflight
 from provision.gateway import gateway
-from provision.operations import barrier
+from provision.operations import barrier, report
 from provision.verify import verify_gateway, verify_workers
 from provision.workers import plan, retire, worker
 
@@ -37,3 +37,5 @@ barrier(name="Clients are served")
 
 if as_worker and planned:
     retire(as_worker, planned)
+
+report(name="What this run came to")

@@ -314,6 +314,16 @@ def barrier() -> Commands:
         yield fail(f"left as it is from here on, because this failed before: {', '.join(failed)}")
 
 
+@operation()
+def report() -> Commands:
+    """Says for this host what the run came to. Changes nothing."""
+    if executing():
+        metas = [data.operation_meta for data in state.ops[host].values()]
+        changed = sum(meta.is_complete() and meta.did_change() for meta in metas)
+        host.log(f"{changed} operations changed it" if changed else "nothing was changed")
+    yield from ()
+
+
 class Rollout:
     """What a rolling restart knows across hosts: after the first failure nobody else restarts.
 
