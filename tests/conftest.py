@@ -12,9 +12,17 @@ import pytest
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--bundle", metavar="FOLDER", help="deploy this bundle instead of training one first"
+    )
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle that the README's training command writes: two ranks, real images."""
+    if given := request.config.getoption("--bundle"):
+        return Path(given).resolve()
     models = tmp_path_factory.mktemp("models")
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
     command += ["--nproc-per-node=2", "-m", "gpu_service.training", "--output", str(models)]
