@@ -18,7 +18,9 @@ from typing import Any
 from pyinfra.api.arguments import all_global_arguments
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.inventory import Inventory
+from pyinfra.api.state import State
 from pyinfra.connectors.ssh import ConnectorData as SshData
+from pyinfra.context import ctx_state
 from pyinfra_cli.inventory import make_inventory_from_files
 from pyinfra_cli.util import parse_cli_arg
 
@@ -77,7 +79,8 @@ def load(filename: str) -> tuple[Fleet, Inventory]:
     """The checked fleet of an inventory file, for tools beside pyinfra. Raises `RefusedError`."""
     _being_read.add(filename)
     try:
-        inventory = make_inventory_from_files(filename, cwd=str(Path.cwd()))
+        with ctx_state.use(State()):  # pyinfra reads inventories in the context of a run
+            inventory = make_inventory_from_files(filename, cwd=str(Path.cwd()))
     finally:
         _being_read.discard(filename)
     return _checked(inventory, with_files=False), inventory

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,7 +80,7 @@ class Deployment:
         """Output of a command on a host."""
         found = self.hosts[host]
         result = subprocess.run(
-            ["ssh", "-F", found["ssh_config_file"], host, "--", *command],
+            ["ssh", "-F", found["ssh_config_file"], host, "--", shlex.join(command)],
             capture_output=True,
             text=True,
             timeout=60,

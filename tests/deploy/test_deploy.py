@@ -133,7 +133,7 @@ def test_a_gateway_setting_reloads_nginx_and_leaves_the_workers_alone(
 def broken_include(deployment: Deployment) -> Iterator[str]:
     """A file that nobody manages makes every configuration of this host invalid."""
     path = "/etc/nginx/conf.d/broken.conf"
-    deployment.on("gw1", f"echo 'not_a_directive;' > {path}")
+    deployment.on("gw1", "sh", "-c", f"echo 'not_a_directive;' > {path}")
     yield path
     deployment.on("gw1", "rm", "-f", path)
 

@@ -70,7 +70,8 @@ def test_configuration_says_what_was_declared(gateway: Target) -> None:
 
 
 def test_public_port_is_listened_on_by_nginx(gateway: Target) -> None:
-    listening = gateway.host.check_output("ss -ltnpH 'sport = :%s'", gateway.settings.listen_port)
+    port = gateway.settings.listen_port
+    listening = gateway.host.check_output(f"ss -ltnpH 'sport = :{port}'")
     assert '"nginx"' in listening
 
 

@@ -51,7 +51,7 @@ def test_each_port_is_listened_on_by_the_service_user(
     worker: Target, systemd_property: Property
 ) -> None:
     for port in worker.settings.worker_ports:
-        listening = worker.host.check_output("ss -ltnpH 'sport = :%s'", port)
+        listening = worker.host.check_output(f"ss -ltnpH 'sport = :{port}'")
         pid = systemd_property(worker.host, workers.unit(port), "MainPID")
         assert f"pid={pid}," in listening
         user = worker.host.check_output("ps -o user:32= -p %s", pid).strip()
@@ -61,7 +61,7 @@ def test_each_port_is_listened_on_by_the_service_user(
 def test_service_cannot_write_to_its_own_code_or_model(worker: Target) -> None:
     for folder in (workers.OPT, models.ROOT):
         found = worker.host.check_output(
-            "find %s ! -type l ( -perm -o=w -o ! -user root ) -print -quit", folder
+            r"find %s ! -type l \( -perm -o=w -o ! -user root \) -print -quit", folder
         )
         assert found == "", folder
 
