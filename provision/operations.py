@@ -13,14 +13,17 @@ import hashlib
 import io
 import posixpath
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pyinfra import host, logger, state
 from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
+from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS
 from pyinfra.api.host import Host
 from pyinfra.api.state import State, StateStage
+from pyinfra.connectors.util import CommandOutput
 
 from provision import facts
 from provision.facts import SelinuxMode, quoted, script
@@ -44,12 +47,21 @@ def executing() -> bool:
     return bool(state.current_stage == StateStage.Execute)
 
 
+def ask(command: StringCommand) -> tuple[bool, CommandOutput]:
+    """Run a command now, as the current operation would (sudo and the like), whatever it says."""
+    arguments: dict[str, Any] = dict(host.current_op_global_arguments or {})
+    as_operation = {key: arguments[key] for key in CONNECTOR_ARGUMENT_KEYS if key in arguments}
+    return host.run_shell_command(command, **as_operation)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ManagedFile:
     """A file that this project owns whole: its bytes, mode and owner."""
 
     path: str
-    content: bytes | Path  # a path is a file on the operator's machine, for large ones
+    content: bytes | Path = field(
+        repr=False
+    )  # a path is a file on the operator's machine, for large ones
     mode: str = "644"
     user: str = "root"
     group: str = "root"

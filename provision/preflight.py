@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from pyinfra.api.arguments import all_global_arguments
+from pyinfra.api.connectors import get_execution_connectors
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.inventory import Inventory
 from pyinfra.api.state import State
-from pyinfra.connectors.ssh import ConnectorData as SshData
 from pyinfra.context import ctx_state
 from pyinfra_cli.inventory import make_inventory_from_files
 from pyinfra_cli.util import parse_cli_arg
@@ -37,7 +37,11 @@ from provision.settings import (
 )
 
 # Host data that pyinfra itself reads: how to connect, and its global arguments (`_sudo`, …).
-PYINFRA_KEYS = frozenset(SshData.__annotations__) | {name for name, _ in all_global_arguments()}
+PYINFRA_KEYS = frozenset(
+    key
+    for connector in get_execution_connectors().values()  # type: ignore[no-untyped-call]
+    for key in connector.data_cls.__annotations__
+) | {name for name, _ in all_global_arguments()}
 
 
 # Inventory files that are being read now: reading one executes it again.

@@ -17,7 +17,7 @@ from pyinfra.api import deploy, operation
 
 from provision import workers
 from provision.facts import quoted, script
-from provision.operations import Commands, executing, fail
+from provision.operations import Commands, ask, executing, fail
 from provision.settings import GatewaySettings, WorkerSettings
 
 
@@ -48,7 +48,7 @@ def predict(urls: list[str], bundle: str, python: str, release: str, user: str) 
     """Ask every worker for one real prediction and compare it with the bundle's own answers."""
     if not executing():
         return
-    succeeded, output = host.run_shell_command(
+    succeeded, output = ask(
         script(
             'release="$1"; user="$2"; shift 2; '
             'exec runuser -u "$user" -- env PYTHONPATH="$release" "$@"',
@@ -93,12 +93,12 @@ def handshake(port: int) -> Commands:
     """A handshake on the gateway's public port has to be answered with 101."""
     if not executing():
         return
-    _, output = host.run_shell_command(quoted("bash", "-c", _HANDSHAKE, "handshake", str(port)))
+    _, output = ask(quoted("bash", "-c", _HANDSHAKE, "handshake", str(port)))
     status = output.stdout_lines[0] if output.stdout_lines else ""
     if " 101 " in f"{status} ":
         host.log(f"verified: port {port} answers a WebSocket handshake with 101")
         return
-    _, evidence = host.run_shell_command(quoted("bash", "-c", _EVIDENCE))
+    _, evidence = ask(quoted("bash", "-c", _EVIDENCE))
     seen = Sighting(status=status, port=port, evidence=tuple(evidence.stdout_lines))
     yield fail(*diagnose(seen))
 

@@ -20,7 +20,7 @@ import io
 import re
 import tarfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from pyinfra import host
@@ -57,7 +57,7 @@ class Environment:
     digest: str
     wheels: tuple[ManagedFile, ...]  # empty: pip on the host downloads
     requirements: bytes
-    pip_conf: bytes | None
+    pip_conf: bytes | None = field(repr=False)  # may hold a token
 
     @property
     def folder(self) -> str:

@@ -99,6 +99,39 @@ def test_worker_ports_are_closed_to_everybody_else(deployment: Deployment) -> No
     assert inside == "200"
 
 
+def test_an_operator_who_is_not_root_deploys_by_sudo(deployment: Deployment) -> None:
+    for host in deployment.hosts:
+        deployment.on(
+            host,
+            "sh",
+            "-c",
+            "id ops 2>/dev/null || useradd --create-home ops; "
+            "echo 'ops ALL=(ALL) NOPASSWD: ALL' >/etc/sudoers.d/ops; "
+            "cp -r /root/.ssh /home/ops/ && chown -R ops: /home/ops/.ssh",
+        )
+    as_ops = {"ssh_user": "ops", "_sudo": True}
+    idle = deployment.run(**as_ops)
+    assert idle.returncode == 0, idle.output
+    assert idle.changed == {}
+    changed = deployment.run(**as_ops, keepalive_timeout_s=64)
+    assert changed.returncode == 0, changed.output
+    assert set(changed.changed) == {"gw1"}
+    assert deployment.run().returncode == 0
+
+
+def test_rotated_logs_are_written_anew_without_touching_nginx(deployment: Deployment) -> None:
+    master = deployment.on("gw1", "cat", "/run/nginx.pid")
+    assert ready_through(deployment)
+    deployment.on("gw1", "logrotate", "--force", "/etc/logrotate.d/nginx")
+    assert ready_through(deployment)
+    wait_for(
+        lambda: "/v2/health/ready" in deployment.on("gw1", "cat", "/var/log/nginx/access.log"),
+        what="the new log is written to",
+    )
+    assert "/v2/health/ready" in deployment.on("gw1", "cat", "/var/log/nginx/access.log.1")
+    assert deployment.on("gw1", "cat", "/run/nginx.pid") == master
+
+
 def test_dry_tells_of_a_changed_setting_and_touches_nothing(deployment: Deployment) -> None:
     before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
     result = subprocess.run(
