@@ -195,6 +195,10 @@ class WorkerSettings(CommonSettings):
     torch_index_url: SecretStr | None = Field(
         default=None, description="Extra index that has the wanted build of torch."
     )
+    index_trusted_host: Token | None = Field(
+        default=None,
+        description="Host of an index that pip may use without TLS, on a network of your own.",
+    )
     service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")] = Field(
         default="gpu-service", description="System user that the workers run as."
     )

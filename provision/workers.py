@@ -219,6 +219,8 @@ def _from_index(settings: WorkerSettings, build: str) -> Environment:
         lines.append(f"index-url = {settings.index_url.get_secret_value()}")
     if settings.torch_index_url:
         lines.append(f"extra-index-url = {settings.torch_index_url.get_secret_value()}")
+    if settings.index_trusted_host:
+        lines.append(f"trusted-host = {settings.index_trusted_host}")
     requirements = wheelhouse.REQUIREMENTS.read_bytes()
     named = b"\0".join([requirements, build.encode(), settings.python.encode()])
     return Environment(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.numpy
+from packaging.utils import parse_wheel_filename
 
 from gpu_service import bundle
 from tests.deploy.conftest import CHECKOUT, LAB, Deployment, lab_command
@@ -296,6 +297,50 @@ def test_a_run_that_is_killed_is_repaired_by_running_it_again(
     assert repaired.returncode == 0, repaired.output
     assert deployment.run(**changes).changed == {}
     assert deployment.run().returncode == 0
+
+
+@pytest.fixture
+def package_index(tmp_path: Path) -> Iterator[str]:
+    """A package index on the hosts' network, made of the wheelhouse: `NAME/WHEEL` over HTTP."""
+    (lock,) = CHECKOUT.glob(".wheelhouse/cpu-*/requirements.lock")
+    for wheel in lock.parent.glob("*.whl"):
+        name = parse_wheel_filename(wheel.name)[0]
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / wheel.name).symlink_to(wheel)
+    server = [sys.executable, "-m", "http.server", "8123", "--bind", "10.77.0.1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lab", "--name", LAB, "run", *server, "--directory", str(tmp_path)],
+        cwd=CHECKOUT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield "http://10.77.0.1:8123/"
+    process.terminate()
+    process.wait(timeout=10)
+
+
+def test_packages_come_from_an_index_where_hosts_have_one(
+    deployment: Deployment, package_index: str
+) -> None:
+    wait_for(
+        lambda: "torch" in deployment.on("gpu1", "curl", "-s", package_index, check=False),
+        what="the index answers",
+    )
+    from_index = {
+        "packages_from": "index",
+        "index_url": package_index,
+        "index_trusted_host": "10.77.0.1",
+    }
+    result = deployment.run(**from_index)
+    assert result.returncode == 0, result.output
+    assert any("Virtual environment" in name for name in result.changed["gpu1"])
+    assert deployment.run(**from_index).changed == {}
+    left = deployment.on("gpu1", "find", "/opt/gpu-service/wheels", "-name", "pip.conf")
+    assert left == "", "the file that may hold a token is still there"
+    # The environment from the wheelhouse is still on the host: nothing is installed again.
+    back = deployment.run()
+    assert back.returncode == 0, back.output
+    assert not any("Virtual environment" in name for name in back.changed["gpu1"])
 
 
 def test_everything_is_back_after_a_reboot(deployment: Deployment) -> None:
