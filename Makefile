@@ -7,6 +7,11 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 INVENTORY ?= inventory.py
 
+# TORCH_INDEX=URL: where the wanted build of torch is; pytorch.org shows the addresses.
+ifdef TORCH_INDEX
+export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX)
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help setup deploy down model wheelhouse test test-unit lint docs lock clean
 
@@ -19,14 +24,25 @@ setup: $(READY) ## the virtual environment, from requirements/dev.txt
 $(READY): requirements/dev.txt requirements/data.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || bash lab/recipe/apt-install.sh python3-venv
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory ensurepip
 	@echo "==> setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/data.txt
 	@touch $@
 
-deploy: $(READY) ## lab hosts, a trained model, a deploy, predictions through the gateway
+# Debian's Python comes without it.
+.PHONY: ensurepip
+ensurepip:
+	@test "$$(id -u)" = 0 || { echo "python3-venv is missing; as root: apt-get install python3-venv"; exit 1; }
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y python3-venv
+
+# First of all, with nothing installed: can this machine host the lab? Says what works if not.
+.PHONY: can-host
+can-host:
+	@$(PYTHON) -m lab check
+
+deploy: can-host $(READY) ## lab hosts, a trained model, a deploy, predictions through the gateway
 	@echo "==> 1/5 two hosts on this machine"
 	@$(BIN)/python -m lab up
 	@echo "==> 2/5 a model, trained with DistributedDataParallel"
@@ -49,7 +65,7 @@ model: $(READY) ## train the example model with DistributedDataParallel
 wheelhouse: $(READY) ## the wheels that GPU hosts without internet need
 	@$(BIN)/python -m provision.wheelhouse build
 
-test: $(READY) lint ## everything, including deploys on lab hosts (root on Linux)
+test: can-host $(READY) lint ## everything, including deploys on lab hosts (root on Linux)
 	@$(BIN)/python -m pytest
 
 test-unit: $(READY) ## what needs neither root nor hosts

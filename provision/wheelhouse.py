@@ -174,11 +174,7 @@ def main() -> int:
     parser.add_argument("--torch", choices=["cpu", "cuda"], default="cpu", help="build of torch")
     parser.add_argument("--python", default="3.11", help="Python of the hosts (default 3.11)")
     parser.add_argument("--machine", default=os.uname().machine, help="machine type of the hosts")
-    parser.add_argument(
-        "--torch-index",
-        default=os.environ.get("TORCH_INDEX"),
-        help="extra index with the wanted build of torch (or environment TORCH_INDEX)",
-    )
+    parser.add_argument("--torch-index", help="extra index with the wanted build of torch")
     parser.add_argument("--if-missing", action="store_true", help="do nothing if it is there")
     options = parser.parse_args()
     target = Target(build=options.torch, python=options.python, machine=options.machine)
