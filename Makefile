@@ -60,7 +60,7 @@ down: $(READY) ## stop the lab's hosts and remove them
 	@$(BIN)/python -m lab down
 
 model: $(READY) ## train the example model with DistributedDataParallel
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node=2 -m gpu_service.training --output models
+	@OMP_NUM_THREADS=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(BIN)/torchrun --standalone --nproc-per-node=2 -m gpu_service.training --output models
 
 wheelhouse: $(READY) ## the wheels that GPU hosts without internet need
 	@$(BIN)/python -m provision.wheelhouse build
