@@ -1,0 +1,120 @@
+"""The command line: `python -m gpu_service serve|settings|predict|verify`.
+
+Owns parsing and exit codes (0 done, 1 failed, 2 used wrongly). Imports what a command needs
+only when it runs: torch for `serve` alone, on the inference thread.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gpu_service import settings
+
+if TYPE_CHECKING:
+    from gpu_service.dispatch import Engine
+
+_DESCRIPTION = "Serve a model over WebSocket, and ask one that is served."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command in `arguments` (default: the process's own); its exit code."""
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if options.command == "serve":
+        return _serve(options, unknown)
+    if unknown:
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
+    if options.command == "settings":
+        print(settings.reference(), end="")
+        return 0
+    return _ask(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gpu_service", description=_DESCRIPTION, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="serve the model of a bundle until SIGTERM",
+        description="Every option can be given as GPU_SERVICE_OPTION in the environment, too.",
+        allow_abbrev=False,
+    )
+    settings.add_options(serve)
+
+    commands.add_parser("settings", help="print the reference of all settings of `serve`")
+
+    predict = commands.add_parser("predict", help="send samples and print the predictions")
+    predict.add_argument("url", metavar="URL", help="ws://HOST:PORT of a gateway or a worker")
+    source = predict.add_mutually_exclusive_group(required=True)
+    source.add_argument("--bundle", type=Path, metavar="DIR", help="the test samples of a bundle")
+    source.add_argument(
+        "--image", type=Path, nargs="+", default=[], metavar="FILE.npy", help="arrays in files"
+    )
+    predict.add_argument("--count", type=_count, metavar="N", help="how many; default: each once")
+
+    verify = commands.add_parser("verify", help="compare what workers answer with a bundle")
+    verify.add_argument("urls", nargs="+", metavar="URL", help="ws://HOST:PORT of each")
+    verify.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    verify.add_argument("--timeout-s", type=float, default=10.0, metavar="S")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of samples")
+    return int(text)
+
+
+def _serve(options: argparse.Namespace, unknown: Sequence[str]) -> int:
+    problems = [f"{argument}: unknown argument" for argument in unknown]
+    try:
+        chosen = settings.load(vars(options), os.environ)
+    except settings.SettingsError as error:
+        problems += error.problems
+    if problems:
+        print("gpu_service serve: settings that cannot be used:", file=sys.stderr)
+        for problem in problems:
+            print(f"  - {problem}", file=sys.stderr)
+        return 2
+
+    from gpu_service import server
+
+    return server.run(chosen, open_engine=_open_engine)
+
+
+def _open_engine(chosen: settings.Settings) -> "Engine":
+    from gpu_service import engine
+
+    return engine.open_bundle(
+        chosen.bundle,
+        device=chosen.device,
+        threads=chosen.threads,
+        max_batch=chosen.max_batch,
+    )
+
+
+def _ask(options: argparse.Namespace) -> int:
+    from gpu_service import bundle, client, predict, verify
+
+    try:
+        if options.command == "verify":
+            return verify.main(path=options.bundle, urls=options.urls, timeout_s=options.timeout_s)
+        return predict.main(
+            url=options.url, path=options.bundle, files=options.image, count=options.count
+        )
+    except (bundle.BundleError, client.ClientError, predict.InputError) as error:
+        print(f"gpu_service {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells say it; a traceback would say no more

@@ -1,0 +1,459 @@
+"""Frames of the Open Inference Protocol v2 over WebSocket: bytes to messages and back.
+
+Sans-I/O and stateless: pure functions, safe from any thread. Tensors of a decoded binary frame
+are views into that frame, never copies. Nothing but ProtocolError leaves the decoders.
+"""
+
+import enum
+import functools
+import math
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+import numpy
+from numpy.typing import NDArray
+
+from gpu_service import datatypes
+
+SUBPROTOCOL = "open-inference.v2"
+
+MAX_ID_CHARS = 128
+MAX_RANK = 32
+
+Scalar = str | int | float | bool  # what the value of a parameter may be
+
+_ALIGNMENT = 8
+_BINARY_SIZE = "binary_data_size"
+_HEADER_LENGTH = struct.Struct("<I")
+_MAX_MESSAGE_CHARS = 500
+_PADDING = bytes(_ALIGNMENT)
+_WHITESPACE = b" \t\r\n"
+
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+_T = TypeVar("_T")
+
+
+class ErrorCode(enum.StrEnum):
+    """Stable codes of error replies; programs may depend on them, unlike on messages."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"  # this request can never succeed as it is
+    NOT_FOUND = "NOT_FOUND"  # no such model or version here
+    UNAVAILABLE = "UNAVAILABLE"  # not now; `retry_after_ms` says when to come back
+    INTERNAL = "INTERNAL"  # the model or the service failed on a valid request
+
+
+class ProtocolError(Exception):
+    """A message that breaks the protocol. `request_id` is None where it could not be read."""
+
+    def __init__(self, code: ErrorCode, message: str, *, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.request_id = request_id
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One inference request. Every input includes the batch dimension: [n, …].
+
+    `outputs` names those wanted, None means all. `binary` is how it came, and how to answer.
+    """
+
+    inputs: Mapping[str, NDArray[Any]]
+    id: str | None = None
+    model_name: str | None = None
+    model_version: str | None = None
+    outputs: tuple[str, ...] | None = None
+    parameters: Mapping[str, Scalar] = {}
+    binary: bool = True
+
+
+class Response(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to one request. Every output includes the batch dimension: [n, …]."""
+
+    id: str | None
+    model_name: str
+    model_version: str
+    outputs: Mapping[str, NDArray[Any]]
+    parameters: Mapping[str, Scalar] = {}
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An error reply; `id` is None when the request's could not be read.
+
+    `code` is a plain str because a newer server may send codes that this version lacks.
+    """
+
+    id: str | None
+    code: str
+    message: str
+    retry_after_ms: int | None = None
+
+
+def quote(text: str) -> str:
+    """`text` out of a message, cut and escaped so that an error message may contain it."""
+    return repr(text if len(text) <= 64 else text[:64] + "…")
+
+
+# ------------------------------------------------------------------------------ decoding
+
+
+# A request with a field that nobody reads is a misspelt one: refused. Replies are read
+# leniently, so that a newer server may add fields.
+class _Tensor(msgspec.Struct):
+    name: str
+    shape: list[_Size]
+    datatype: str
+    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    parameters: dict[str, Scalar] = {}
+
+
+class _StrictTensor(_Tensor, forbid_unknown_fields=True):
+    pass
+
+
+class _OutputName(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+
+
+class _Request(msgspec.Struct, forbid_unknown_fields=True):
+    inputs: list[_StrictTensor]
+    id: str | None = None
+    model_name: str | None = None
+    model_version: str | None = None
+    outputs: list[_OutputName] | None = None
+    parameters: dict[str, Scalar] = {}
+
+
+class _Error(msgspec.Struct):
+    code: str
+    message: str
+    retry_after_ms: int | None = None
+
+
+class _Reply(msgspec.Struct):
+    id: str | None = None
+    error: _Error | None = None
+    model_name: str = ""
+    model_version: str = ""
+    outputs: list[_Tensor] = []
+    parameters: dict[str, Scalar] = {}
+
+
+class _JustId(msgspec.Struct):
+    id: str | None = None
+
+
+class _Parts(msgspec.Struct):
+    """A message taken apart: its JSON, and for binary ones the frame and where data starts."""
+
+    header: str | memoryview
+    frame: memoryview | None = None
+    data_start: int = 0
+
+
+_request_decoder = msgspec.json.Decoder(_Request)
+_reply_decoder = msgspec.json.Decoder(_Reply)
+_id_decoder = msgspec.json.Decoder(_JustId)
+
+# What the decoder of this library raises for arbitrary input: malformed or unexpected JSON,
+# invalid UTF-8, unpaired surrogates in a str, and nesting deeper than Python's stack.
+_JSON_ERRORS = (msgspec.DecodeError, UnicodeError, RecursionError, ValueError)
+
+
+def decode_request(message: str | bytes) -> Request:
+    """The request in a text (`str`) or binary (`bytes`) message.
+
+    Checks the frame and its tensors in themselves; whether a model takes them is not known
+    here (see `signature`). Raises ProtocolError with INVALID_ARGUMENT, and with the request's
+    id wherever that can still be read.
+    """
+    parts = _split(message)
+    wire = _parse(parts.header, _request_decoder)
+    if wire.id is not None and len(wire.id) > MAX_ID_CHARS:
+        raise _invalid(f"id has {len(wire.id)} characters, at most {MAX_ID_CHARS} are allowed")
+    outputs = None if wire.outputs is None else tuple(item.name for item in wire.outputs)
+    try:
+        inputs = _tensors("inputs", wire.inputs, parts)
+    except ProtocolError as error:
+        raise _invalid(error.message, request_id=wire.id) from None
+    return Request(
+        inputs=inputs,
+        id=wire.id,
+        model_name=wire.model_name,
+        model_version=wire.model_version,
+        outputs=outputs,
+        parameters=wire.parameters,
+        binary=parts.frame is not None,
+    )
+
+
+def decode_reply(message: str | bytes) -> Response | Failure:
+    """What a server answered. Raises ProtocolError for anything that is not a reply."""
+    parts = _split(message)
+    wire = _parse(parts.header, _reply_decoder)
+    if wire.error is not None:
+        return Failure(
+            id=wire.id,
+            code=wire.error.code,
+            message=wire.error.message,
+            retry_after_ms=wire.error.retry_after_ms,
+        )
+    try:
+        outputs = _tensors("outputs", wire.outputs, parts)
+    except ProtocolError as error:
+        raise _invalid(error.message, request_id=wire.id) from None
+    return Response(
+        id=wire.id,
+        model_name=wire.model_name,
+        model_version=wire.model_version,
+        outputs=outputs,
+        parameters=wire.parameters,
+    )
+
+
+def _invalid(message: str, *, request_id: str | None = None) -> ProtocolError:
+    # Parsers quote what they were given: a reply must not echo a megabyte of it.
+    if len(message) > _MAX_MESSAGE_CHARS:
+        message = message[:_MAX_MESSAGE_CHARS] + "…"
+    return ProtocolError(ErrorCode.INVALID_ARGUMENT, message, request_id=request_id)
+
+
+def _split(message: str | bytes) -> _Parts:
+    if isinstance(message, str):
+        return _Parts(message)
+    frame = memoryview(message)
+    if len(frame) < _HEADER_LENGTH.size:
+        raise _invalid(f"a binary frame starts with a header length of 4 bytes, got {len(frame)}")
+    (length,) = _HEADER_LENGTH.unpack_from(frame)
+    end = _HEADER_LENGTH.size + length
+    if end > len(frame):
+        raise _invalid(f"header length {length} reaches past the frame of {len(frame)} bytes")
+    return _Parts(frame[_HEADER_LENGTH.size : end], frame, _aligned(end))
+
+
+def _aligned(offset: int) -> int:
+    return offset + -offset % _ALIGNMENT
+
+
+def _parse(header: str | memoryview, decoder: "msgspec.json.Decoder[_T]") -> _T:
+    try:
+        return decoder.decode(header)
+    except _JSON_ERRORS as error:
+        raise _invalid(f"not a message: {error}", request_id=_readable_id(header)) from None
+
+
+def _readable_id(header: str | memoryview) -> str | None:
+    try:
+        request_id = _id_decoder.decode(header).id
+    except _JSON_ERRORS:
+        return None
+    return request_id if request_id and len(request_id) <= MAX_ID_CHARS else None
+
+
+def _tensors(where: str, wires: Iterable[_Tensor], parts: _Parts) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {}
+    offset = parts.data_start
+    for wire in wires:
+        name = f"{where}: {quote(wire.name)}"
+        if wire.name in tensors:
+            raise _invalid(f"{name} occurs twice")
+        dtype = datatypes.NUMPY.get(wire.datatype)
+        if dtype is None:
+            known = ", ".join(datatypes.NUMPY)
+            raise _invalid(f"{name}: unknown datatype {quote(wire.datatype)}; known: {known}")
+        if not 1 <= len(wire.shape) <= MAX_RANK:
+            raise _invalid(f"{name}: {len(wire.shape)} dimensions; 1 to {MAX_RANK} are allowed")
+        if parts.frame is None:
+            tensors[wire.name] = _from_json(name, wire, dtype)
+        else:
+            tensors[wire.name] = _from_frame(name, wire, dtype, parts.frame, offset)
+            offset = _aligned(offset + tensors[wire.name].nbytes)
+    # The last tensor's own padding may be there or not.
+    if parts.frame is not None and _aligned(len(parts.frame)) != offset:
+        raise _invalid(
+            f"{where}: header and tensors take {offset} bytes, the frame has {len(parts.frame)}"
+        )
+    return tensors
+
+
+def _from_frame(
+    name: str, wire: _Tensor, dtype: numpy.dtype[Any], frame: memoryview, offset: int
+) -> NDArray[Any]:
+    size = wire.parameters.get(_BINARY_SIZE)
+    if wire.data is not msgspec.UNSET or not isinstance(size, int) or isinstance(size, bool):
+        raise _invalid(
+            f"{name}: in a binary frame a tensor has no 'data', but the number of its bytes as "
+            f"'{_BINARY_SIZE}' in its 'parameters'"
+        )
+    count = math.prod(wire.shape)
+    if size != count * dtype.itemsize:
+        raise _invalid(
+            f"{name}: {_BINARY_SIZE} is {size}, but {wire.datatype} of shape {wire.shape} has "
+            f"{count * dtype.itemsize} bytes"
+        )
+    if offset + size > len(frame):
+        raise _invalid(
+            f"{name}: truncated; its {size} bytes start at {offset}, the frame has {len(frame)}"
+        )
+    if size == 0:
+        return numpy.empty(wire.shape, dtype)
+    if dtype.kind == "b" and numpy.frombuffer(frame, "u1", count, offset).max() > 1:
+        raise _invalid(f"{name}: a BOOL must be the byte 0 or 1")
+    return numpy.frombuffer(frame, dtype, count, offset).reshape(wire.shape)
+
+
+def _from_json(name: str, wire: _Tensor, dtype: numpy.dtype[Any]) -> NDArray[Any]:
+    if wire.data is msgspec.UNSET or _BINARY_SIZE in wire.parameters:
+        raise _invalid(
+            f"{name}: in a text frame a tensor has 'data', a flat or nested list of its values, "
+            f"and no '{_BINARY_SIZE}'"
+        )
+    depth = _depth(wire.data)
+    if depth not in (1, len(wire.shape)):
+        raise _invalid(
+            f"{name}: data is nested {depth} deep; allowed is a flat list, or one list per "
+            f"dimension of shape {wire.shape}"
+        )
+    try:
+        values = _values_decoder(dtype.kind, depth).decode(wire.data)
+        with numpy.errstate(over="raise"):
+            array: NDArray[Any] = numpy.array(values, dtype)
+    except (*_JSON_ERRORS, OverflowError, FloatingPointError) as error:
+        raise _invalid(f"{name}: data does not fit {wire.datatype}: {error}") from None
+    if array.size != math.prod(wire.shape) or (depth > 1 and array.shape != tuple(wire.shape)):
+        raise _invalid(
+            f"{name}: shape {wire.shape} has {math.prod(wire.shape)} values, data has "
+            f"{array.size} in shape {list(array.shape)}"
+        )
+    return array.reshape(wire.shape)
+
+
+def _depth(data: memoryview | msgspec.Raw) -> int:
+    """How many lists deep the JSON in `data` starts; more than MAX_RANK is not counted."""
+    depth = 0
+    for byte in memoryview(data):
+        if byte == ord("["):
+            depth += 1
+        elif byte not in _WHITESPACE:
+            break
+        if depth > MAX_RANK:
+            break
+    return depth
+
+
+@functools.cache
+def _values_decoder(kind: str, depth: int) -> "msgspec.json.Decoder[Any]":
+    # Typed, because numpy alone would take "1" for 1.0, null for NaN and 1.5 for the int 1.
+    values: Any = {"b": bool, "i": int, "u": int, "f": float}[kind]
+    for _ in range(depth):
+        values = list[values]
+    return msgspec.json.Decoder(values)
+
+
+# ------------------------------------------------------------------------------ encoding
+
+_encoder = msgspec.json.Encoder()
+
+
+def encode_request(request: Request) -> bytes:
+    """One message: a binary frame, or the UTF-8 of a text frame where `binary` is False.
+
+    Raises ProtocolError for a tensor that the frame cannot carry.
+    """
+    header: dict[str, Any] = {
+        key: value
+        for key, value in (
+            ("id", request.id),
+            ("model_name", request.model_name),
+            ("model_version", request.model_version),
+        )
+        if value is not None
+    }
+    if request.outputs is not None:
+        header["outputs"] = [{"name": name} for name in request.outputs]
+    if request.parameters:
+        header["parameters"] = request.parameters
+    return _encode(header, "inputs", request.inputs, binary=request.binary)
+
+
+def encode_response(response: Response, *, binary: bool) -> bytes:
+    """One message, binary or the UTF-8 of a text frame.
+
+    Raises ProtocolError for NaN and infinities in text, which JSON cannot carry.
+    """
+    header: dict[str, Any] = {
+        "id": response.id,
+        "model_name": response.model_name,
+        "model_version": response.model_version,
+        "parameters": response.parameters,
+    }
+    return _encode(header, "outputs", response.outputs, binary=binary)
+
+
+def encode_failure(failure: Failure, *, binary: bool) -> bytes:
+    """One message, binary (a header without tensors) or the UTF-8 of a text frame."""
+    error: dict[str, Any] = {"code": failure.code, "message": failure.message}
+    if failure.retry_after_ms is not None:
+        error["retry_after_ms"] = failure.retry_after_ms
+    header = {"id": failure.id, "error": error}
+    return _frame(header, []) if binary else _json(header)
+
+
+def _encode(
+    header: dict[str, Any], where: str, tensors: Mapping[str, NDArray[Any]], *, binary: bool
+) -> bytes:
+    arrays = {name: _on_wire(f"{where}: {name}", array) for name, array in tensors.items()}
+    described = [
+        {
+            "name": name,
+            "shape": array.shape,
+            "datatype": datatypes.name_of(array.dtype),
+            **(
+                {"parameters": {_BINARY_SIZE: array.nbytes}}
+                if binary
+                else {"data": _values(f"{where}: {name}", array)}
+            ),
+        }
+        for name, array in arrays.items()
+    ]
+    header[where] = described
+    return _frame(header, arrays.values()) if binary else _json(header)
+
+
+def _on_wire(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    try:
+        dtype = datatypes.NUMPY[datatypes.name_of(array.dtype)]
+    except ValueError as error:
+        raise _invalid(f"{name}: {error}") from None
+    return numpy.ascontiguousarray(array, dtype)
+
+
+def _values(name: str, array: NDArray[Any]) -> list[Any]:
+    if array.dtype.kind == "f" and not numpy.isfinite(array).all():
+        raise _invalid(f"{name} holds NaN or infinity, which JSON cannot carry; use binary frames")
+    values: list[Any] = array.ravel().tolist()
+    return values
+
+
+def _json(header: dict[str, Any]) -> bytes:
+    try:
+        return _encoder.encode(header)
+    except UnicodeError as error:  # an unpaired surrogate in a name of the caller's
+        raise _invalid(f"a name is not valid Unicode: {error}") from None
+
+
+def _frame(header: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> bytes:
+    encoded = _json(header)
+    spaces = b" " * (-(_HEADER_LENGTH.size + len(encoded)) % _ALIGNMENT)
+    pieces: list[bytes | memoryview] = [
+        _HEADER_LENGTH.pack(len(encoded) + len(spaces)),
+        encoded,
+        spaces,
+    ]
+    for array in arrays:
+        # Views: the join below is the only copy.
+        pieces.append(array.reshape(-1).view("u1").data)
+        pieces.append(_PADDING[: -array.nbytes % _ALIGNMENT])
+    return b"".join(pieces)

@@ -1,0 +1,80 @@
+"""The plain HTTP side of a worker: health, metadata and metrics.
+
+Pure: a request target and the worker's state in, an answer out. The server does the sockets.
+"""
+
+import urllib.parse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from gpu_service import signature
+from gpu_service.metrics import CONTENT_TYPE as METRICS_TYPE
+from gpu_service.protocol import ErrorCode
+from gpu_service.signature import ModelInfo
+
+_JSON_TYPE = "application/json"
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """An HTTP answer: status code, content type, body."""
+
+    status: int
+    content_type: str
+    body: bytes
+
+
+class Routes:
+    """Answers GET requests. `server` is what `/v2` says beside the models."""
+
+    def __init__(
+        self,
+        *,
+        model: ModelInfo,
+        server: Mapping[str, Any],
+        is_ready: Callable[[], bool],
+        metrics: Callable[[], bytes],
+    ) -> None:
+        models = [{"name": model.name, "version": model.version, "digest": model.digest}]
+        described = _json(200, {**server, "models": models})
+        metadata = _json(200, signature.metadata(model))
+
+        def ready() -> Answer:
+            is_so = is_ready()
+            return _json(200 if is_so else 503, {"ready": is_so})
+
+        at = f"/v2/models/{model.name}"
+        at_version = f"{at}/versions/{model.version}"
+        self._table: dict[str, Callable[[], Answer]] = {
+            "/metrics": lambda: Answer(200, METRICS_TYPE, metrics()),
+            "/v2": lambda: described,
+            "/v2/health/live": lambda: _json(200, {"live": True}),
+            "/v2/health/ready": ready,
+            at: lambda: metadata,
+            at_version: lambda: metadata,
+            f"{at}/ready": ready,
+            f"{at_version}/ready": ready,
+        }
+
+    def answer(self, target: str, *, upgrade: bool) -> Answer | None:
+        """The answer for a request target such as `/v2/models/digits?x=y`.
+
+        None for what is left to WebSocket: any other path, with or without an upgrade; without
+        one, unknown paths of the protocol (`/v2/…`) are answered with 404.
+        """
+        path = urllib.parse.unquote(target.partition("?")[0]).rstrip("/")
+        if path in self._table:
+            return self._table[path]()
+        if path.startswith("/v2/") and not upgrade:
+            return refusal(404, ErrorCode.NOT_FOUND, f"nothing at {path[:200]}")
+        return None
+
+
+def refusal(status: int, code: ErrorCode, message: str) -> Answer:
+    """An error in the form that errors have on the WebSocket, too."""
+    return _json(status, {"error": {"code": code, "message": message}})
+
+
+def _json(status: int, content: Mapping[str, Any]) -> Answer:
+    return Answer(status, _JSON_TYPE, msgspec.json.encode(content))
