@@ -28,7 +28,7 @@ class Notifier:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             # A manager that does not read must not stop the event loop: rather an error.
-            sender.settimeout(1.0)
+            sender.setblocking(False)
             sender.sendto("\n".join(assignments).encode(), self._address)
 
 
