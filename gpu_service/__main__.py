@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gpu_service.dispatch import Engine
 
 _DESCRIPTION = "Serve a model over WebSocket, and ask one that is served."
+_BUNDLE = "a version's folder, or the model's for its newest version"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="send samples and print the predictions")
     predict.add_argument("url", metavar="URL", help="ws://HOST:PORT of a gateway or a worker")
     source = predict.add_mutually_exclusive_group(required=True)
-    source.add_argument("--bundle", type=Path, metavar="DIR", help="the test samples of a bundle")
+    source.add_argument("--bundle", type=Path, metavar="DIR", help=f"its test samples; {_BUNDLE}")
     source.add_argument(
         "--image", type=Path, nargs="+", default=[], metavar="FILE.npy", help="arrays in files"
     )
@@ -60,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="compare what workers answer with a bundle")
     verify.add_argument("urls", nargs="+", metavar="URL", help="ws://HOST:PORT of each")
-    verify.add_argument("--bundle", type=Path, required=True, metavar="DIR")
+    verify.add_argument("--bundle", type=Path, required=True, metavar="DIR", help=_BUNDLE)
     verify.add_argument("--timeout-s", type=float, default=10.0, metavar="S")
     return parser
 
@@ -89,10 +90,10 @@ def _serve(options: argparse.Namespace, unknown: Sequence[str]) -> int:
 
 
 def _open_engine(chosen: settings.Settings) -> "Engine":
-    from gpu_service import engine
+    from gpu_service import bundle, engine
 
     return engine.open_bundle(
-        chosen.bundle,
+        bundle.find(chosen.bundle),
         device=chosen.device,
         threads=chosen.threads,
         max_batch=chosen.max_batch,
@@ -104,9 +105,13 @@ def _ask(options: argparse.Namespace) -> int:
 
     try:
         if options.command == "verify":
-            return verify.main(path=options.bundle, urls=options.urls, timeout_s=options.timeout_s)
+            path = bundle.find(options.bundle)
+            return verify.main(path=path, urls=options.urls, timeout_s=options.timeout_s)
         return predict.main(
-            url=options.url, path=options.bundle, files=options.image, count=options.count
+            url=options.url,
+            path=bundle.find(options.bundle) if options.bundle else None,
+            files=options.image,
+            count=options.count,
         )
     except (bundle.BundleError, client.ClientError, predict.InputError) as error:
         print(f"gpu_service {options.command}: {error}", file=sys.stderr)

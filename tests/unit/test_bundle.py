@@ -453,3 +453,10 @@ def test_a_models_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "models").touch()
     with pytest.raises(bundle.BundleError, match="models/digits: cannot create the folder"):
         write(tmp_path / "models")
+
+
+def test_find_takes_a_version_or_the_newest_of_a_model(tmp_path: Path, path: Path) -> None:
+    assert bundle.find(path) == path
+    assert bundle.find(path.parent) == path
+    with pytest.raises(bundle.BundleError, match="no bundle here"):
+        bundle.find(tmp_path / "other")
