@@ -9,9 +9,11 @@ inventory without that line is refused as well, after connecting but before anyt
 from __future__ import annotations
 
 import argparse
+import json
 import socket
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,6 @@ from pyinfra.api.arguments import all_global_arguments
 from pyinfra.api.connectors import get_execution_connectors
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.inventory import Inventory
-from pyinfra.api.state import State
-from pyinfra.context import ctx_state
-from pyinfra_cli.inventory import make_inventory_from_files
-from pyinfra_cli.util import parse_cli_arg
 
 from gpu_service import bundle
 from provision import rendering
@@ -66,6 +64,9 @@ def check_inventory(filename: str) -> None:
     """
     if filename in _being_read:
         return
+    # Imported here only: it patches the process for gevent, which is pyinfra's to do.
+    from pyinfra_cli.inventory import make_inventory_from_files
+
     _being_read.add(filename)
     try:
         inventory = make_inventory_from_files(
@@ -79,15 +80,21 @@ def check_inventory(filename: str) -> None:
         _being_read.discard(filename)
 
 
-def load(filename: str) -> tuple[Fleet, Inventory]:
-    """The checked fleet of an inventory file, for tools beside pyinfra. Raises `RefusedError`."""
-    _being_read.add(filename)
-    try:
-        with ctx_state.use(State()):  # pyinfra reads inventories in the context of a run
-            inventory = make_inventory_from_files(filename, cwd=str(Path.cwd()))
-    finally:
-        _being_read.discard(filename)
-    return _checked(inventory, with_files=False), inventory
+def load(filename: str) -> tuple[Fleet, Mapping[str, Mapping[str, Any]]]:
+    """The checked fleet of an inventory file and the data of each host, for tools beside pyinfra.
+
+    Read by a pyinfra of its own, which says what is wrong as it always does. Raises `RefusedError`.
+    """
+    command = [str(Path(sys.executable).with_name("pyinfra")), "--json", filename]
+    result = subprocess.run([*command, "debug-inventory"], capture_output=True, text=True)
+    if result.returncode:
+        raise RefusedError([(result.stderr or result.stdout).strip()])
+    hosts = [
+        HostInput(name=host["name"], groups=frozenset(host["groups"]), data=host["data"])
+        for host in json.loads(result.stdout)
+    ]
+    fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=PYINFRA_KEYS)
+    return fleet, {host.name: host.data for host in hosts}
 
 
 def _deploying(argv: Iterable[str]) -> bool:
@@ -96,6 +103,8 @@ def _deploying(argv: Iterable[str]) -> bool:
 
 def _overrides(argv: list[str]) -> dict[str, Any]:
     """What `--data KEY=VALUE` says. pyinfra reads the inventory before it tells anyone."""
+    from pyinfra_cli.util import parse_cli_arg
+
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--data", action="append", default=[])
     given = options.parse_known_args(argv[1:])[0].data

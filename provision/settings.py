@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -222,6 +223,21 @@ class WorkerSettings(CommonSettings):
             raise ValueError("; ".join(problems))
         return self
 
+    def service_option(self, name: str) -> Any:
+        """Value of an option of the service: as set here, or its own default."""
+        fields = {field.name: field for field in dataclasses.fields(service_settings.Settings)}
+        return self.service_options.get(name, fields[name].default)
+
+    @property
+    def stop_timeout_s(self) -> int:
+        """How long systemd lets a worker drain: longer than the service takes by itself."""
+        return math.ceil(float(self.service_option("drain_timeout_s"))) + 15
+
+    @property
+    def descriptors(self) -> int:
+        """File descriptors of a worker: one a connection, and what Python and torch hold open."""
+        return int(self.service_option("max_connections")) + 1024
+
 
 class TrainerSettings(CommonSettings):
     """Of hosts in `trainers`."""
@@ -336,6 +352,7 @@ def parse_fleet(
     )
     problems += _group_problems(hosts)
     problems += _clashes(fleet)
+    problems += _silences(fleet)
     if problems:
         raise InvalidFleetError(dict.fromkeys(problems))
     return fleet
@@ -424,6 +441,21 @@ def _clashes(fleet: Fleet) -> list[str]:
         if place in owners:
             problems.append(f"port {port} on {place[0]}: wanted by {owners[place]} and by {claim}")
         owners.setdefault(place, claim)
+    return problems
+
+
+def _silences(fleet: Fleet) -> list[str]:
+    """A socket that is idle but alive shows a ping now and then; nginx must wait for two."""
+    problems = []
+    for gateway_name, gateway in fleet.gateways.items():
+        for worker_name, worker in fleet.workers.items():
+            least = 2 * worker.service_option("ping_interval_s")
+            if gateway.proxy_read_timeout_s <= least:
+                problems.append(
+                    f"{gateway_name}: proxy_read_timeout_s is {gateway.proxy_read_timeout_s}, so "
+                    f"nginx would close idle sockets of {worker_name}; it has to be above twice "
+                    f"the service's ping_interval_s, which makes {least:g}"
+                )
     return problems
 
 

@@ -3,9 +3,8 @@
 Works against the lab and against one's own hosts alike; step one of docs/runbook.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,27 +50,26 @@ def _targets(config: pytest.Config, group: str) -> list[Any]:
     cache: dict[str, Any] = config.__dict__.setdefault("_gateway_targets", {})
     if filename not in cache:
         try:
-            cache[filename] = preflight.load(str(Path(filename)))
-        except (preflight.RefusedError, SystemExit) as error:
+            cache[filename] = preflight.load(filename)
+        except preflight.RefusedError as error:
             raise pytest.UsageError(f"{filename}: {error}") from None
-    fleet, inventory = cache[filename]
+    fleet, data = cache[filename]
     settings: dict[str, GatewaySettings | WorkerSettings] = getattr(fleet, group)
     return [
-        Target(name=name, host=_connect(inventory.get_host(name)), settings=found, fleet=fleet)
+        Target(name=name, host=_connect(name, data[name]), settings=found, fleet=fleet)
         for name, found in settings.items()
     ]
 
 
-def _connect(host: Any) -> Host:
-    data = host.data
+def _connect(name: str, data: Mapping[str, Any]) -> Host:
+    options: dict[str, Any] = {"sudo": True} if data.get("_sudo") else {}
     if data.get("ssh_config_file"):
-        return testinfra.get_host(f"ssh://{host.name}", ssh_config=data.ssh_config_file)
-    address = data.get("ssh_hostname") or host.name
-    user = f"{data.ssh_user}@" if data.get("ssh_user") else ""
-    port = f":{data.ssh_port}" if data.get("ssh_port") else ""
-    options = {"ssh_identity_file": data.ssh_key} if data.get("ssh_key") else {}
-    sudo = {"sudo": True} if data.get("_sudo") else {}
-    return testinfra.get_host(f"ssh://{user}{address}{port}", **options, **sudo)
+        return testinfra.get_host(f"ssh://{name}", ssh_config=data["ssh_config_file"], **options)
+    user = f"{data['ssh_user']}@" if data.get("ssh_user") else ""
+    port = f":{data['ssh_port']}" if data.get("ssh_port") else ""
+    if data.get("ssh_key"):
+        options["ssh_identity_file"] = data["ssh_key"]
+    return testinfra.get_host(f"ssh://{user}{data.get('ssh_hostname') or name}{port}", **options)
 
 
 @pytest.fixture(scope="session")

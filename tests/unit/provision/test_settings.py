@@ -108,6 +108,18 @@ def test_options_of_the_service_are_checked_by_the_service_itself() -> None:
     assert "port" in text
 
 
+def test_idle_sockets_outlive_two_pings() -> None:
+    found = problems(gateway(proxy_read_timeout_s=40), worker())
+    assert any("above twice the service's ping_interval_s, which makes 40" in p for p in found)
+    options = {"ping_interval_s": 19}
+    fleet(gateway(proxy_read_timeout_s=40), worker(service_options=options))
+
+
+def test_systemd_waits_longer_than_the_service_drains() -> None:
+    found = fleet(gateway(), worker(service_options={"drain_timeout_s": 300}))
+    assert found.workers["gpu1"].stop_timeout_s > 300
+
+
 def test_secrets_are_not_shown_in_problems() -> None:
     found = problems(gateway(), worker(index_url=["https://user:hunter2@example.invalid"]))
     assert not any("hunter2" in line for line in found)
