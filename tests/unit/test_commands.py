@@ -43,7 +43,7 @@ def test_all_bad_settings_are_listed_at_once(
 def test_a_missing_bundle_is_said_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["verify", "--bundle", "/nonexistent", "ws://127.0.0.1:1"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("gpu_service verify: /nonexistent/manifest.json: ")
+    assert said.startswith("gpu_service verify: /nonexistent: no bundle here")
 
 
 def test_an_address_where_nothing_listens_is_said(capsys: pytest.CaptureFixture[str]) -> None:
