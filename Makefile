@@ -13,7 +13,7 @@ export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy down model wheelhouse test test-unit lint docs lock clean
+.PHONY: help setup deploy drift down model wheelhouse test test-unit lint docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,9 @@ deploy: can-host $(READY) ## lab hosts, a trained model, a deploy, predictions t
 	@echo "==> 5/5 test images through ws://localhost:8009"
 	@$(BIN)/python -m gpu_service predict ws://localhost:8009 --bundle models/digits
 	@cat docs/after-deploy.txt
+
+drift: $(READY) ## what differs from the declared state; exits 0 none, 2 some, 1 error
+	@$(BIN)/python -m provision.drift $(INVENTORY)
 
 down: $(READY) ## stop the lab's hosts and remove them
 	@$(BIN)/python -m lab down

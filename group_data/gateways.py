@@ -6,8 +6,8 @@ listen_port = 8009
 # User of nginx's worker processes. "nginx" is the safer choice; both work.
 nginx_user = "root"
 
-# SELinux of the running system and of the next boot. With "enforcing", nginx may connect to the
-# workers only after `setsebool -P httpd_can_network_connect on` (docs/runbook.md).
+# SELinux of the running system and of the next boot. "enforcing" goes together with
+# `selinux_allow_connect = True`: without it nginx is denied the workers (13: Permission denied).
 selinux_mode = "permissive"
 
 # Idle upstream connections kept per nginx worker process.

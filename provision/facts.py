@@ -173,6 +173,18 @@ class Selinux(FactBase[SelinuxState]):
         )
 
 
+class SelinuxBoolean(FactBase[bool | None]):
+    """Whether a boolean is on; None without SELinux, its tools, or that boolean."""
+
+    @override
+    def command(self, boolean: str) -> StringCommand:
+        return script('getsebool "$1" 2>/dev/null || true', boolean)
+
+    @override
+    def process(self, output: list[str]) -> bool:
+        return output[0].endswith("on")
+
+
 @dataclass(frozen=True)
 class FirewalldState(_Answer):
     """Ports (`8009/tcp`) and rich rules of the default zone, now and at the next start."""

@@ -19,18 +19,19 @@ ERROR_PAGES = "/usr/share/nginx/gateway"
 def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     """Bring one gateway host to its declared state."""
     yum.packages(name="nginx is installed", packages=[settings.nginx_package])
+    # Before the mode: in enforcing mode, not a moment without it.
+    if settings.selinux_allow_connect:
+        operations.selinux_boolean(
+            name="SELinux lets nginx connect", boolean="httpd_can_network_connect"
+        )
     operations.selinux_mode(name=f"SELinux is {settings.selinux_mode}", mode=settings.selinux_mode)
-    supporting = supporting_files(settings)
-    operations.place_files(name="Error pages, log rotation, limits", files=supporting)
-    configuration = nginx_conf(settings, fleet)
-    operations.place_files(
-        name="nginx.conf, checked by nginx -t",
-        files=[configuration],
-        check=operations.nginx_check,
-    )
     operations.firewalld(name="Public port is open", ports=public_ports(settings))
-    operations.nginx_active(
-        name="nginx runs this configuration", files=[configuration, *supporting]
+    configuration = nginx_conf(settings, fleet)
+    operations.run_nginx(
+        name="nginx runs this configuration",
+        files=[configuration, *supporting_files(settings)],
+        main=configuration,
+        port=settings.listen_port,
     )
 
 

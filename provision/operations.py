@@ -25,7 +25,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State, StateStage
 from pyinfra.connectors.util import CommandOutput
 
-from provision import facts
+from provision import facts, rendering
 from provision.facts import SelinuxMode, quoted, script
 
 Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
@@ -103,47 +103,58 @@ def place_files(
     """
     files = list(files)
     found = host.get_fact(facts.FileStates, paths=tuple(f.path for f in files))
-    for managed in files:
-        if managed.matches(found.get(managed.path)):
-            continue
-        _show_diff(managed)
+    differing = [managed for managed in files if not managed.matches(found.get(managed.path))]
+    _show_diffs(differing)
+    for managed in differing:
         yield from _swap_in(managed, check)
 
 
 def _swap_in(
     managed: ManagedFile, check: Callable[[ManagedFile], StringCommand] | None
 ) -> Commands:
-    candidate = managed.candidate
+    yield from _stage(managed)
+    if check is not None:
+        yield check(managed)
+    yield quoted("mv", "-fT", "--", managed.candidate, managed.path)
+
+
+def _stage(managed: ManagedFile) -> Commands:
+    """Upload the candidate, in its final mode and owner, beside the file."""
     # An empty file of the final mode and owner first: a secret is never readable by others.
     yield script(
         'mkdir -p "$(dirname "$1")" && rm -f "$1" && '
         'install -m "$2" -o "$3" -g "$4" /dev/null "$1"',
-        candidate,
+        managed.candidate,
         managed.mode,
         managed.user,
         managed.group,
     )
     yield managed.upload()
-    if check is not None:
-        yield check(managed)
-    yield quoted("mv", "-fT", "--", candidate, managed.path)
 
 
-def _show_diff(managed: ManagedFile) -> None:
-    if not state.config.DIFF or isinstance(managed.content, Path):
+def _show_diffs(files: Iterable[ManagedFile]) -> None:
+    """With `--diff`, the lines that differ, each behind a `|`; of a secret, only that it does.
+
+    All at once and before the first command: at prepare, an operation ends at its first one.
+    """
+    if not state.config.DIFF:
         return
-    if managed.secret:
-        host.log(f"{managed.path}: differs (its content is a secret and not shown)")
-        return
+    for managed in files:
+        for line in _diff(managed):
+            host.log(f"| {line}")
+
+
+def _diff(managed: ManagedFile) -> Iterable[str]:
+    if managed.secret or isinstance(managed.content, Path):
+        return [f"{managed.path}: differs (its content is not shown)"]
     current = host.get_fact(facts.FileText, path=managed.path) or ""
-    for line in difflib.unified_diff(
+    return difflib.unified_diff(
         current.splitlines(),
         managed.content.decode().splitlines(),
         fromfile=f"{managed.path} (on the host)",
         tofile=f"{managed.path} (declared)",
         lineterm="",
-    ):
-        host.log(line)
+    )
 
 
 @operation()
@@ -196,6 +207,19 @@ def selinux_mode(mode: str) -> Commands:
             yield quoted("setenforce", "1" if wanted is SelinuxMode.ENFORCING else "0")
     elif found.running is not wanted:
         host.log(f"SELinux is {found.running} and becomes {wanted} at the next boot only")
+
+
+@operation()
+def selinux_boolean(boolean: str) -> Commands:
+    """Switch an SELinux boolean on, now and for good, where the host has it.
+
+    pyinfra's own operation ends the run on a host without SELinux.
+    """
+    found = host.get_fact(facts.SelinuxBoolean, boolean=boolean)
+    if found is None:
+        host.noop(f"this host has no SELinux boolean {boolean}")
+    elif not found:
+        yield quoted("setsebool", "-P", boolean, "on")
 
 
 @operation()
@@ -254,8 +278,49 @@ def sha256_check(managed: ManagedFile) -> StringCommand:
     )
 
 
-def nginx_check(managed: ManagedFile) -> StringCommand:
-    """`nginx -t` of the target on a candidate, which leaves no pid file behind.
+APPLIED = "/var/lib/gpu-gateway/applied"
+
+
+@operation()
+def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, port: int) -> Commands:
+    """nginx enabled, running, and running *this* configuration; or what it ran before.
+
+    + files: everything that belongs to it, nginx.conf included
+    + main: nginx.conf, the one that `nginx -t` is asked about
+    + port: public port that clients are served on
+
+    All candidates are staged beside the live files and checked by this host's `nginx -t`; then
+    swapped in together, nginx reloaded, and a handshake tried (files/nginx-activate.sh). What
+    nginx last took over is noted as a digest, so a run that was cut is repaired by the next,
+    and one that changes nothing reloads nothing: a reload costs old worker processes that live
+    as long as their sockets.
+    """
+    files = list(files)
+    digest = hashlib.sha256("".join(f.path + f.sha256 for f in files).encode()).hexdigest()
+    found = host.get_fact(facts.FileStates, paths=tuple(f.path for f in files))
+    differing = [managed for managed in files if not managed.matches(found.get(managed.path))]
+    unit = host.get_fact(facts.UnitStates, units=("nginx.service",)).get(
+        "nginx.service", facts.UnitState()
+    )
+    _show_diffs(differing)
+    if not unit.enabled:
+        yield quoted("systemctl", "enable", "--quiet", "nginx.service")
+    applied = host.get_fact(facts.FileText, path=APPLIED) or ""
+    settled = unit.active == "active" and not unit.needs_daemon_reload
+    if settled and not differing and applied.strip() == digest:
+        return
+    # What a run that was cut may have staged is not part of this one.
+    yield quoted("rm", "-f", "--", *(managed.candidate for managed in files))
+    for managed in differing:
+        yield from _stage(managed)
+    yield _nginx_check(main.candidate if main in differing else main.path)
+    activate = rendering.static("nginx-activate.sh").decode()
+    paths = [managed.path for managed in files]
+    yield quoted("bash", "-c", activate, "nginx-activate", str(port), digest, *paths)
+
+
+def _nginx_check(path: str) -> StringCommand:
+    """`nginx -t` of the target on a configuration, which leaves no pid file behind.
 
     `nginx -t` creates the pid file; made from a shell while nginx is stopped, it carries the
     wrong SELinux type and the next start fails with 13 (nginx/nginx#816).
@@ -264,52 +329,8 @@ def nginx_check(managed: ManagedFile) -> StringCommand:
         'had=$(test -e /run/nginx.pid && echo yes); nginx -t -q -c "$1"; status=$?; '
         '[ -n "$had" ] || rm -f /run/nginx.pid; '
         '[ $status -eq 0 ] || echo "refused by nginx -t of this host; the live configuration '
-        'is as it was. The candidate stays at $1" >&2; exit $status',
-        managed.candidate,
-    )
-
-
-APPLIED = "/var/lib/gpu-gateway/nginx.applied"
-
-
-@operation()
-def nginx_active(files: Iterable[ManagedFile]) -> Commands:
-    """nginx enabled, running, and running *this* configuration.
-
-    Reloads only when what nginx last took over differs from what is on disk, so a run that was
-    cut between swap and reload is repaired by the next one, and a run that changed nothing
-    reloads nothing: a reload costs old worker processes that live as long as their sockets.
-    """
-    digest = hashlib.sha256("".join(f.path + f.sha256 for f in files).encode()).hexdigest()
-    unit = host.get_fact(facts.UnitStates, units=("nginx.service",)).get(
-        "nginx.service", facts.UnitState()
-    )
-    if unit.needs_daemon_reload:
-        yield quoted("systemctl", "daemon-reload")
-    if not unit.enabled:
-        yield quoted("systemctl", "enable", "--quiet", "nginx.service")
-    applied = host.get_fact(facts.FileText, path=APPLIED) or ""
-    if unit.active != "active":
-        yield _systemctl("start", "nginx.service")
-    elif applied.strip() != digest:
-        yield _systemctl("reload", "nginx.service")
-    else:
-        return
-    yield script(
-        'mkdir -p "$(dirname "$1")" && printf "%s\\n" "$2" >"$1.candidate" && '
-        'mv -f "$1.candidate" "$1"',
-        APPLIED,
-        digest,
-    )
-
-
-def _systemctl(verb: str, unit: str) -> StringCommand:
-    """A systemctl that, failing, prints what the unit said."""
-    return script(
-        'systemctl "$1" "$2" && exit 0; echo "$2 failed to $1; its last words:" >&2; '
-        'journalctl -u "$2" -n 20 --no-pager -o cat >&2; exit 1',
-        verb,
-        unit,
+        'is as it was. Refused was $1" >&2; exit $status',
+        path,
     )
 
 
@@ -374,6 +395,11 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
     workers = list(workers)
     found = host.get_fact(facts.UnitStates, units=tuple(worker.name for worker in workers))
     files = host.get_fact(facts.FileStates, paths=tuple(worker.settings.path for worker in workers))
+    _show_diffs(
+        worker.settings
+        for worker in workers
+        if not worker.settings.matches(files.get(worker.settings.path))
+    )
     if any(unit.needs_daemon_reload for unit in found.values()):
         yield quoted("systemctl", "daemon-reload")
     for worker in workers:
@@ -387,7 +413,6 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
             yield fail(f"{worker.name} is as it was, because {rollout.failed_on} failed before it")
             return
         if not in_place:
-            _show_diff(worker.settings)
             yield script('[ ! -f "$1" ] || cp -p "$1" "$1.previous"', worker.settings.path)
             yield from _swap_in(worker.settings, None)
         if worker.runs(running):

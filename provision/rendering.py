@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 
+from provision import lint
 from provision.settings import Fleet, GatewaySettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -76,13 +77,23 @@ def nginx_conf(gateway: GatewaySettings, fleet: Fleet) -> bytes:
 
 def check_all(fleet: Fleet) -> None:
     """Render everything that the deploy would render, so that a fault shows before it begins."""
-    for gateway in fleet.gateways.values():
-        nginx_conf(gateway, fleet)
+    for name, gateway in fleet.gateways.items():
+        _lint(name, nginx_conf(gateway, fleet).decode())
         render("nginx-limits.conf.j2", gateway=gateway)
     for worker in fleet.workers.values():
         render("gpu-worker@.service.j2", **unit_placeholders(), worker=worker)
     for name in STATIC_FILES:
         static(name)
+
+
+def _lint(host: str, text: str) -> None:
+    try:
+        faults = [str(finding) for finding in lint.lint(text)]
+    except lint.UnparsableError as error:
+        faults = [str(error)]
+    if faults:
+        where = f"templates/nginx.conf.j2, as rendered for {host}"
+        raise RenderError(f"{where}: {'; '.join(faults)}")
 
 
 def unit_placeholders() -> dict[str, Any]:

@@ -75,6 +75,11 @@ class GatewaySettings(CommonSettings):
         description="SELinux mode of the running system and of the next boot. "
         "`unmanaged` leaves it alone. Hosts without SELinux are left as they are.",
     )
+    selinux_allow_connect: bool = Field(
+        default=False,
+        description="Switch SELinux's `httpd_can_network_connect` on, for good: what nginx needs "
+        "to reach the workers in enforcing mode. False leaves it as it is.",
+    )
     listen_port: Port = Field(default=8009, description="Public port of the gateway.")
     server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*-]+( [A-Za-z0-9_.*-]+)*$")] = Field(
         default="localhost", description="nginx `server_name`; several are separated by a blank."
@@ -131,6 +136,16 @@ class GatewaySettings(CommonSettings):
         description="After a reload, old nginx worker processes stay until their last socket "
         "closes. A number > 0 cuts those sockets after that time.",
     )
+
+    @model_validator(mode="after")
+    def _enforcing_lets_nginx_connect(self) -> Self:
+        if self.selinux_mode == "enforcing" and not self.selinux_allow_connect:
+            raise ValueError(
+                "selinux_mode 'enforcing' denies nginx every connection to a worker (13: "
+                "Permission denied); set selinux_allow_connect = True, or selinux_mode "
+                "'unmanaged' if you allow it in a policy of your own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _tls_needs_both_files(self) -> Self:

@@ -124,7 +124,7 @@ def diagnose(seen: Sighting) -> list[str]:
 def _telling(evidence: Iterable[str]) -> list[str]:
     patterns = ("failed (", "no live upstreams", "[emerg]", "avc:", "nginx: ", "selinux: ")
     found = [line for line in evidence if any(pattern in line for pattern in patterns)]
-    return found[-8:]
+    return list(dict.fromkeys(found))[-8:]
 
 
 def _cause(seen: Sighting) -> list[str]:
@@ -135,7 +135,8 @@ def _cause(seen: Sighting) -> list[str]:
         return [
             f"likely cause: SELinux denies nginx the connection to {where}. `user root` does not "
             "change that. Two ways out:",
-            "  1. allow it and stay enforcing: setsebool -P httpd_can_network_connect on",
+            "  1. stay enforcing and allow it: selinux_allow_connect = True in "
+            "group_data/gateways.py, and deploy (or: setsebool -P httpd_can_network_connect on)",
             "  2. selinux_mode = 'permissive' in group_data/gateways.py (the default), and deploy",
         ]
     if "(111: Connection refused)" in text or "(111: Unknown error)" in text:

@@ -133,19 +133,31 @@ def test_rotated_logs_are_written_anew_without_touching_nginx(deployment: Deploy
     assert deployment.on("gw1", "cat", "/run/nginx.pid") == master
 
 
-def test_dry_tells_of_a_changed_setting_and_touches_nothing(deployment: Deployment) -> None:
-    before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
-    result = subprocess.run(
-        deployment.command("--dry", "--json", keepalive_timeout_s=66),
+def drift(deployment: Deployment, **data: object) -> subprocess.CompletedProcess[str]:
+    pairs = deployment.command(**data)[3:]
+    return subprocess.run(
+        [sys.executable, "-m", "provision.drift", "inventory.py", *pairs],
         cwd=CHECKOUT,
         env=deployment.environment,
         capture_output=True,
         text=True,
         timeout=60,
     )
-    plan = json.loads(result.stdout)["plan"]
-    changed = [op["name"] for op in plan if op["hosts_with_change"]]
-    assert any("nginx.conf" in name for name in changed), changed
+
+
+def test_drift_tells_what_differs_and_touches_nothing(deployment: Deployment) -> None:
+    before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
+    none = drift(deployment)
+    assert (none.returncode, none.stdout) == (0, "nothing differs from what is declared\n")
+    some = drift(deployment, keepalive_timeout_s=66)
+    assert some.returncode == 2, some.stderr
+    assert "gw1:\n  Gateway | nginx runs this configuration" in some.stdout
+    assert "gw1 | -    keepalive_timeout 65;" in some.stdout
+    assert "gw1 | +    keepalive_timeout 66;" in some.stdout
+    assert "gpu1" not in some.stdout
+    bad = drift(deployment, keepalive_timeout_s="soon")
+    assert bad.returncode == 1
+    assert "keepalive_timeout_s" in bad.stderr
     assert deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf") == before
 
 
@@ -184,6 +196,46 @@ def test_a_configuration_that_nginx_refuses_never_goes_live(
     assert ready_through(deployment)
     deployment.on("gw1", "rm", "-f", broken_include)
     assert deployment.run().returncode == 0
+
+
+def test_a_configuration_that_does_not_come_to_life_is_taken_back(
+    deployment: Deployment,
+) -> None:
+    """`nginx -t` has nothing against a port that is taken; the reload has, in silence."""
+    before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
+    workers = nginx_workers(deployment)
+    result = deployment.run(listen_port=22)
+    assert result.returncode != 0
+    assert "nginx did not take the configuration over" in result.output
+    assert "bind() to 0.0.0.0:22 failed" in result.output
+    assert "the previous configuration is back, and clients are served" in result.output
+    assert deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf") == before
+    assert ready_through(deployment)
+    assert nginx_workers(deployment) != workers, "the old configuration was not reloaded"
+    again = deployment.run()
+    assert again.returncode == 0, again.output
+
+
+def test_clients_that_are_not_served_after_a_change_bring_the_old_one_back(
+    deployment: Deployment,
+) -> None:
+    """A file of somebody else's, not loaded yet, refuses every request after the reload."""
+    foreign = "/etc/nginx/default.d/foreign.conf"
+    before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
+    deployment.on("gw1", "sh", "-c", f"echo 'return 418;' > {foreign}")
+    try:
+        result = deployment.run(keepalive_timeout_s=61)
+    finally:
+        deployment.on("gw1", "rm", foreign)
+    assert result.returncode != 0
+    assert "does not answer a WebSocket handshake; before this change port 8009 did" in (
+        result.output
+    )
+    assert "the previous configuration is back" in result.output
+    assert deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf") == before
+    repaired = deployment.run()
+    assert repaired.returncode == 0, repaired.output
+    assert ready_through(deployment)
 
 
 def ready_through(deployment: Deployment) -> bool:
@@ -271,7 +323,7 @@ def test_a_port_that_is_no_longer_declared_is_retired(deployment: Deployment) ->
     assert deployment.run().changed == {}
 
 
-@pytest.mark.parametrize("after", ["Unit of the workers", "nginx.conf, checked", "one after"])
+@pytest.mark.parametrize("after", ["Unit of the workers", "nginx runs this", "one after"])
 def test_a_run_that_is_killed_is_repaired_by_running_it_again(
     deployment: Deployment, after: str
 ) -> None:

@@ -22,8 +22,9 @@ ASKING = (
     "stat -c",
     "readlink",
     "getenforce",
+    "getsebool",
     "busctl",
-    "systemctl show",
+    "-p SubState",
     "list-units",
     'cat "$1" || true',
 )
@@ -77,11 +78,11 @@ def test_a_file_that_is_right_is_left_alone() -> None:
 
 
 def test_a_file_that_differs_is_staged_checked_and_swapped_in_that_order() -> None:
-    commands = run(operations.place_files, {}, files=[FILE], check=operations.nginx_check)
+    commands = run(operations.place_files, {}, files=[FILE], check=operations.sha256_check)
     staged, checked, swapped = commands  # the upload itself goes by SFTP
     assert "install -m" in staged
     assert "/etc/nginx/.nginx.conf.candidate" in staged
-    assert "nginx -t -q -c" in checked
+    assert "sha256sum" in checked
     assert swapped == "mv -fT -- /etc/nginx/.nginx.conf.candidate /etc/nginx/nginx.conf"
 
 
@@ -92,9 +93,10 @@ def test_a_wrong_mode_alone_is_mended() -> None:
 def test_a_refused_candidate_never_replaces_the_file() -> None:
     hosts = FakeHosts({"h": {"nginx -t": {"success": False, "stderr": "[emerg] unknown"}}})
     with pytest.raises(Exception, match="hosts"):
-        hosts.run(operations.place_files, files=[FILE], check=operations.nginx_check)
+        hosts.run(operations.run_nginx, files=[FILE], main=FILE, port=8009)
     commands = next(iter(hosts.state.inventory)).connector.executed_commands
-    assert not any(command.startswith("mv") for command in commands)
+    assert any("nginx -t -q -c" in command for command in commands)
+    assert not any("nginx-activate" in command for command in commands)
 
 
 def test_a_link_is_moved_by_one_rename() -> None:
@@ -125,6 +127,23 @@ def test_selinux_mode(found: list[str], mode: str, expected: list[str]) -> None:
     assert len(commands) == len(expected)
     for command, part in zip(commands, expected, strict=True):
         assert part in command
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (["httpd_can_network_connect --> on"], []),
+        (
+            ["httpd_can_network_connect --> off"],
+            ["setsebool -P httpd_can_network_connect on"],
+        ),
+        ([], []),  # no SELinux here
+    ],
+)
+def test_selinux_boolean(found: list[str], expected: list[str]) -> None:
+    answers = {"getsebool": found}
+    boolean = "httpd_can_network_connect"
+    assert run(operations.selinux_boolean, answers, boolean=boolean) == expected
 
 
 RULE = 'rule family="ipv4" source address="{}" port port="9005" protocol="tcp" accept'
@@ -269,13 +288,34 @@ def test_after_a_failure_no_other_worker_of_any_host_is_restarted() -> None:
     assert rollout.failed_on is not None
 
 
-def test_nginx_is_reloaded_only_for_another_configuration() -> None:
-    running = ["unit=nginx.service", "ActiveState=active", "UnitFileState=enabled"]
-    first = run(operations.nginx_active, {"systemctl show": running}, files=[FILE])
-    assert "reload nginx.service" in first[0]
-    digest = first[1].split()[-1]
-    answers = {"systemctl show": running, "cat ": digest}
-    assert run(operations.nginx_active, answers, files=[FILE]) == []
+NGINX = ["unit=nginx.service", "ActiveState=active", "UnitFileState=enabled"]
+
+
+def nginx(script: Answers, *files: ManagedFile) -> list[str]:
+    return run(operations.run_nginx, script, files=files, main=files[0], port=8009)
+
+
+def test_nginx_is_activated_after_the_check_and_only_for_another_configuration() -> None:
+    staged = nginx({"systemctl show": NGINX}, FILE)
+    order = [
+        next(
+            step
+            for step in ("nginx-activate", "nginx -t -q", "install -m", "rm -f --")
+            if step in c
+        )
+        for c in staged
+    ]
+    assert order == ["rm -f --", "install -m", "nginx -t -q", "nginx-activate"]
+    digest = staged[-1].split()[-2]
+    same = {"systemctl show": NGINX, "cat ": digest, **file_answer(FILE)}
+    assert nginx(same, FILE) == []
+
+
+def test_a_run_that_was_cut_before_the_reload_is_repaired() -> None:
+    """The file is right, but nginx never took it over."""
+    commands = nginx({"systemctl show": NGINX, "cat ": "older", **file_answer(FILE)}, FILE)
+    assert not any("install -m" in command for command in commands)
+    assert "nginx-activate" in commands[-1]
 
 
 def test_a_worker_that_is_no_longer_declared_is_stopped_and_its_rules_go() -> None:

@@ -108,6 +108,12 @@ def test_options_of_the_service_are_checked_by_the_service_itself() -> None:
     assert "port" in text
 
 
+def test_enforcing_without_leave_to_connect_is_refused() -> None:
+    found = problems(gateway(selinux_mode="enforcing"), worker())
+    assert any("13: Permission denied" in p and "selinux_allow_connect = True" in p for p in found)
+    fleet(gateway(selinux_mode="enforcing", selinux_allow_connect=True), worker())
+
+
 def test_idle_sockets_outlive_two_pings() -> None:
     found = problems(gateway(proxy_read_timeout_s=40), worker())
     assert any("above twice the service's ping_interval_s, which makes 40" in p for p in found)

@@ -1,0 +1,128 @@
+# Makes nginx run the configuration whose candidates lie beside the live files; if clients were
+# served before and are not afterwards, puts back what was there. Runs on the gateway, as root.
+#
+#   nginx-activate PORT DIGEST FILE…      FILE: every managed file; its candidate, where it
+#                                         differs, is .NAME.candidate in the same folder
+#
+# Ends with 0 when nginx runs it, and notes DIGEST as applied; else with 1, having said why.
+set -u
+port=$1 digest=$2
+shift 2
+state=/var/lib/gpu-gateway
+previous=$state/previous
+
+say() { printf '%s\n' "$*" >&2; }
+
+candidate_of() { printf '%s/.%s.candidate' "${1%/*}" "${1##*/}"; }
+
+# bash opens the socket itself, so that no client has to be installed.
+handshake_status() {
+    exec 3<>"/dev/tcp/127.0.0.1/$1" || return 1
+    printf '%s\r\n' 'GET / HTTP/1.1' 'Host: localhost' 'Connection: Upgrade' 'Upgrade: websocket' \
+        'Sec-WebSocket-Version: 13' 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==' '' >&3
+    IFS= read -r -t 10 -u 3 line
+    exec 3>&-
+    printf '%s' "${line-}"
+}
+
+# More than once: a worker that is just being restarted must not condemn a configuration.
+clients_are_served() {
+    for _ in $(seq 5); do
+        [[ $(handshake_status "$1" 2>/dev/null) == *' 101 '* ]] && return 0
+        sleep 0.5
+    done
+    return 1
+}
+
+# The public port of the configuration that is live now; none before the first deploy.
+live_port() {
+    sed -n 's/^ *listen \([0-9]*\) default_server.*/\1/p' /etc/nginx/nginx.conf 2>/dev/null | head -n 1
+}
+
+accepting() {
+    # Processes that take new connections; those of a former configuration say so in their title.
+    pgrep -P "$(cat /run/nginx.pid 2>/dev/null || echo 0)" --list-full 2>/dev/null |
+        grep -v 'shutting down' | cut -d ' ' -f 1 | sort
+}
+
+# A reload that nginx refuses (a port that is taken, say) leaves the old processes alone and is
+# told to the error log only. It has taken over when none that accepts was there before: an old
+# one, asked a moment too early, would answer for the new configuration.
+took_over() {
+    local before=$1 now
+    for _ in $(seq 100); do
+        now=$(accepting)
+        if [[ -n $now && -z $(comm -12 <(printf '%s\n' "$before") <(printf '%s\n' "$now")) ]]; then
+            return 0
+        fi
+        sleep 0.1
+    done
+    say "nginx did not take the configuration over; its error log says:"
+    tail -n 5 /var/log/nginx/error.log >&2
+    return 1
+}
+
+reload_or_start() {
+    local before
+    systemctl daemon-reload  # the descriptor limit is a drop-in of the unit
+    if systemctl is-active --quiet nginx.service; then
+        before=$(accepting)
+        systemctl reload nginx.service && took_over "$before"
+    elif ! systemctl start nginx.service; then
+        say "nginx does not start; its last words:"
+        journalctl -u nginx.service -n 20 --no-pager -o cat >&2
+        return 1
+    fi
+}
+
+swap_in() {
+    rm -rf "$previous.partial"
+    mkdir -p "$previous.partial" || return 1
+    for file; do
+        [[ -e $(candidate_of "$file") ]] || continue
+        printf '%s\n' "$file" >>"$previous.partial/changed"
+        [[ -e $file ]] || continue
+        mkdir -p "$previous.partial${file%/*}" && cp -p "$file" "$previous.partial$file" || return 1
+    done
+    rm -rf "$previous"
+    mv -T "$previous.partial" "$previous" || return 1
+    for file; do
+        [[ ! -e $(candidate_of "$file") ]] || mv -fT "$(candidate_of "$file")" "$file" || return 1
+    done
+}
+
+put_back() {
+    # Whatever nginx took over in between: the next run is to look again.
+    rm -f "$state/applied"
+    while IFS= read -r file; do
+        if [[ -e $previous$file ]]; then
+            cp -p "$previous$file" "$(candidate_of "$file")" && mv -fT "$(candidate_of "$file")" "$file"
+        else
+            rm -f "$file"
+        fi
+    done <"$previous/changed"
+    reload_or_start
+}
+
+port_before=$(live_port)
+served_before=no
+[[ -n $port_before ]] && clients_are_served "$port_before" && served_before=yes
+swap_in "$@" || { say "could not swap the files in; run again when that is mended"; exit 1; }
+if reload_or_start; then
+    # Where clients were not served before, this configuration is not to blame: the deploy's
+    # verification says what is.
+    if [[ $served_before == no ]] || clients_are_served "$port"; then
+        printf '%s\n' "$digest" >"$state/applied.candidate" && mv -f "$state/applied.candidate" "$state/applied"
+        exit 0
+    fi
+    say "port $port does not answer a WebSocket handshake; before this change port $port_before did"
+fi
+if [[ $served_before == yes && -e $previous/changed ]]; then
+    put_back
+    if clients_are_served "$port_before"; then
+        say "the previous configuration is back, and clients are served"
+    else
+        say "the previous configuration is back, but clients are still not served"
+    fi
+fi
+exit 1
