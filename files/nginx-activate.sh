@@ -3,13 +3,13 @@
 #
 #   nginx-activate PORT DIGEST FILE…      FILE: every managed file; its candidate, where it
 #                                         differs, is .NAME.candidate in the same folder
+#   nginx-activate --previous             the files that the last change replaced
 #
 # Ends with 0 when nginx runs it, and notes DIGEST as applied; else with 1, having said why.
 set -u
-port=$1 digest=$2
-shift 2
 state=/var/lib/gpu-gateway
 previous=$state/previous
+conf=/etc/nginx/nginx.conf
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -34,9 +34,9 @@ clients_are_served() {
     return 1
 }
 
-# The public port of the configuration that is live now; none before the first deploy.
-live_port() {
-    sed -n 's/^ *listen \([0-9]*\) default_server.*/\1/p' /etc/nginx/nginx.conf 2>/dev/null | head -n 1
+# The public port of a configuration; none before the first deploy.
+port_of() {
+    sed -n 's/^ *listen \([0-9]*\) default_server.*/\1/p' "$1" 2>/dev/null | head -n 1
 }
 
 accepting() {
@@ -104,10 +104,29 @@ put_back() {
     reload_or_start
 }
 
-port_before=$(live_port)
+# Candidates from what the last change replaced; a file that it added stays.
+stage_previous() {
+    [[ -s $previous/changed ]] || { say "there is no previous configuration on this host"; return 1; }
+    mapfile -t files <"$previous/changed"
+    for file in "${files[@]}"; do
+        [[ ! -e $previous$file ]] || cp -p "$previous$file" "$(candidate_of "$file")" || return 1
+    done
+    checked=$conf
+    [[ ! -e $(candidate_of "$conf") ]] || checked=$(candidate_of "$conf")
+    port=$(port_of "$checked") digest="rolled back"
+    nginx -t -q -c "$checked"
+}
+
+if [[ $1 == --previous ]]; then
+    stage_previous || exit 1
+else
+    port=$1 digest=$2 files=("${@:3}")
+fi
+
+port_before=$(port_of "$conf")
 served_before=no
 [[ -n $port_before ]] && clients_are_served "$port_before" && served_before=yes
-swap_in "$@" || { say "could not swap the files in; run again when that is mended"; exit 1; }
+swap_in "${files[@]}" || { say "could not swap the files in; run again when that is mended"; exit 1; }
 if reload_or_start; then
     # Where clients were not served before, this configuration is not to blame: the deploy's
     # verification says what is.

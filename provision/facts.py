@@ -385,3 +385,27 @@ class NewestFirst(FactBase[dict[str, list[str]]]):
             else:
                 names.append(line)
         return folders
+
+
+class WorkerPaths(FactBase[frozenset[str]]):
+    """Paths of environments, packages and bundles that settings files of workers name.
+
+    The current ones, and those kept to go back to.
+    """
+
+    @override
+    def command(self, folder: str) -> StringCommand:
+        return script(
+            'cat "$1"/worker-*.env* 2>/dev/null | sed -n '
+            "'s/^\\(GPU_WORKER_PYTHON\\|PYTHONPATH\\|GPU_SERVICE_BUNDLE\\)=//p' | sort -u",
+            folder,
+        )
+
+    @staticmethod
+    @override
+    def default() -> frozenset[str]:
+        return frozenset()
+
+    @override
+    def process(self, output: list[str]) -> frozenset[str]:
+        return frozenset(output)

@@ -35,6 +35,12 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     )
 
 
+@deploy("Gateway rollback")
+def previous() -> None:
+    """Back to the configuration that the last change replaced."""
+    operations.nginx_previous(name="nginx runs what it ran before")
+
+
 def nginx_conf(settings: GatewaySettings, fleet: Fleet) -> ManagedFile:
     return ManagedFile(path="/etc/nginx/nginx.conf", content=rendering.nginx_conf(settings, fleet))
 

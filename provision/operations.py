@@ -314,9 +314,18 @@ def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, port: int) -> Com
     for managed in differing:
         yield from _stage(managed)
     yield _nginx_check(main.candidate if main in differing else main.path)
+    yield _nginx_activate(str(port), digest, *(managed.path for managed in files))
+
+
+@operation(is_idempotent=False)
+def nginx_previous() -> Commands:
+    """The configuration that the last change replaced, live again; the same checks apply."""
+    yield _nginx_activate("--previous")
+
+
+def _nginx_activate(*arguments: str) -> StringCommand:
     activate = rendering.static("nginx-activate.sh").decode()
-    paths = [managed.path for managed in files]
-    yield quoted("bash", "-c", activate, "nginx-activate", str(port), digest, *paths)
+    return quoted("bash", "-c", activate, "nginx-activate", *arguments)
 
 
 def _nginx_check(path: str) -> StringCommand:
@@ -424,8 +433,10 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
 
 
 def _restart_or_go_back(worker: WorkerUnit) -> StringCommand:
+    """Restart; what it ran before is kept as `.rollback` when it becomes ready, else put back."""
     return script(
-        'systemctl restart "$1" && { rm -f "$2.previous"; exit 0; }; '
+        'systemctl restart "$1" && '
+        '{ [ ! -f "$2.previous" ] || mv -f "$2.previous" "$2.rollback"; exit 0; }; '
         'echo "$1 failed to become ready; its last words:" >&2; '
         'journalctl -u "$1" -n 20 --no-pager -o cat >&2; '
         '[ -f "$2.previous" ] || exit 1; '
@@ -434,6 +445,32 @@ def _restart_or_go_back(worker: WorkerUnit) -> StringCommand:
         worker.name,
         worker.settings.path,
     )
+
+
+@operation(is_idempotent=False)
+def previous_workers(units: Mapping[str, str], rollout: Rollout) -> Commands:
+    """Each worker back to what it ran before its last change, one after the other.
+
+    + units: unit -> path of its settings file
+    + rollout: as for `roll_workers`; use with `_serial=True`
+    """
+    for unit, settings in units.items():
+        if executing() and rollout.failed_on:
+            yield fail(f"{unit} is as it was, because {rollout.failed_on} failed before it")
+            return
+        rollout.failed_on = f"{unit} on {host.name}" if executing() else None
+        # The two change places, so that a second rollback goes forward again.
+        yield script(
+            '[ -f "$2.rollback" ] || { echo "$1 has run nothing else before" >&2; exit 1; }; '
+            'mv -f "$2" "$2.previous" && mv -f "$2.rollback" "$2" && systemctl restart "$1" && '
+            '{ mv -f "$2.previous" "$2.rollback"; exit 0; }; '
+            'echo "$1 failed to become ready with what it ran before; its last words:" >&2; '
+            'journalctl -u "$1" -n 20 --no-pager -o cat >&2; '
+            'mv -f "$2" "$2.rollback"; mv -f "$2.previous" "$2"; systemctl restart "$1"; exit 1',
+            unit,
+            settings,
+        )
+        rollout.failed_on = None
 
 
 @operation()
@@ -450,7 +487,8 @@ def retire_workers(keep: Iterable[int], settings_file: Callable[[int], str]) -> 
     firewall = host.get_fact(facts.Firewalld)
     for port in retired:
         yield quoted("systemctl", "disable", "--quiet", "--now", f"gpu-worker@{port}.service")
-        yield quoted("rm", "-f", "--", settings_file(port))
+        path = settings_file(port)
+        yield quoted("rm", "-f", "--", path, f"{path}.previous", f"{path}.rollback")
         if firewall is None:
             continue
         for present, flag in ((firewall.permanent, ("--permanent",)), (firewall.runtime, ())):

@@ -34,6 +34,10 @@ from provision.settings import (
     parse_fleet,
 )
 
+# What `--data rollback=…` may say, for rollback.py.
+ROLLBACK = "rollback"
+SIDES = frozenset({"workers", "gateways"})
+
 # Host data that pyinfra itself reads: how to connect, and its global arguments (`_sudo`, …).
 PYINFRA_KEYS = frozenset(
     key
@@ -112,14 +116,27 @@ def _overrides(argv: list[str]) -> dict[str, Any]:
     return {key: parse_cli_arg(value) for key, _, value in pairs}
 
 
-def current_fleet(inventory: Inventory) -> Fleet:
-    """The checked fleet of this run. Executed once a host by pyinfra, computed once."""
+def current_fleet(inventory: Inventory, *, with_files: bool = True) -> Fleet:
+    """The checked fleet of this run. Executed once a host by pyinfra, computed once.
+
+    `with_files` also checks the bundles and templates that a deploy needs.
+    """
     known = getattr(inventory, "_gateway_fleet", None)
     if isinstance(known, Fleet):
         return known
-    fleet = _checked(inventory, with_files=True)
+    fleet = _checked(inventory, with_files=with_files)
     inventory._gateway_fleet = fleet  # type: ignore[attr-defined]
     return fleet
+
+
+def rollback_sides(host: Any) -> frozenset[str]:
+    """Which side of the fleet `rollback.py` is for: both, or what `--data rollback=SIDE` says."""
+    wanted = host.data.get(ROLLBACK)
+    if wanted is None:
+        return SIDES
+    if wanted not in SIDES:
+        raise RefusedError([f"rollback is {wanted!r}; it may be {' or '.join(sorted(SIDES))}"])
+    return frozenset({wanted})
 
 
 def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
@@ -130,7 +147,7 @@ def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
     problems: list[str] = []
     fleet = None
     try:
-        fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=PYINFRA_KEYS)
+        fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=PYINFRA_KEYS | {ROLLBACK})
     except InvalidFleetError as error:
         problems += error.problems
     if with_files:

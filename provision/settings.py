@@ -223,7 +223,8 @@ class WorkerSettings(CommonSettings):
     )
     keep_versions: Annotated[int, Field(strict=True, ge=1, le=100)] = Field(
         default=2,
-        description="Releases, environments and bundles kept on the host, the current included.",
+        description="Releases, environments and bundles kept on the host. What a worker runs, or "
+        "can go back to, is kept in any case.",
     )
 
     @model_validator(mode="after")

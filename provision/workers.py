@@ -19,7 +19,7 @@ import hashlib
 import io
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -132,6 +132,17 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
     )
 
 
+@deploy("Worker rollback")
+def previous(settings: WorkerSettings) -> None:
+    """Back to what the workers of this host ran before their last change."""
+    operations.previous_workers(
+        name="Workers run what they ran before, one after the other",
+        units={unit(port): settings_path(port) for port in settings.worker_ports},
+        rollout=_ROLLOUT,
+        _serial=True,
+    )
+
+
 @deploy("Worker clean-up")
 def retire(settings: WorkerSettings, planned: Plan) -> None:
     """After the gateways have moved on: what is no longer declared stops and goes."""
@@ -140,11 +151,7 @@ def retire(settings: WorkerSettings, planned: Plan) -> None:
     )
     prune(
         name=f"At most {settings.keep_versions} versions are kept",
-        in_use={
-            f"{OPT}/venvs": planned.environment.digest,
-            f"{OPT}/releases": planned.release.digest,
-            planned.model.parent: planned.model.version,
-        },
+        folders=[f"{OPT}/venvs", f"{OPT}/releases", planned.model.parent],
         keep=settings.keep_versions,
     )
 
@@ -386,15 +393,20 @@ def threads(settings: WorkerSettings, hardware: Hardware) -> int:
 
 
 @operation()
-def prune(in_use: Mapping[str, str], keep: int) -> Commands:
-    """Remove old versions, oldest first; what is in use is never removed.
+def prune(folders: Iterable[str], keep: int) -> Commands:
+    """Remove old versions, oldest first; what a worker runs or can go back to is never removed.
 
-    + in_use: folder -> name of the entry in it that is in use
-    + keep: entries kept per folder, the one in use included
+    + folders: each holds one entry per version
+    + keep: entries kept per folder, those that are named by settings files included
     """
-    found = host.get_fact(facts.NewestFirst, paths=tuple(in_use))
-    for folder, current in in_use.items():
-        names = found.get(folder, [])
-        others = [name for name in names if name not in (current, models.CURRENT)]
-        for name in others[keep - 1 :]:
+    folders = tuple(folders)
+    named = host.get_fact(facts.WorkerPaths, folder=ETC)
+    found = host.get_fact(facts.NewestFirst, paths=folders)
+    for folder in folders:
+        entries = [name for name in found.get(folder, []) if name != models.CURRENT]
+        in_use = [
+            n for n in entries if any(f"{path}/".startswith(f"{folder}/{n}/") for path in named)
+        ]
+        others = [name for name in entries if name not in in_use]
+        for name in others[max(0, keep - len(in_use)) :]:
             yield quoted("rm", "-rf", "--", f"{folder}/{name}")

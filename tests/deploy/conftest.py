@@ -55,19 +55,21 @@ class Deployment:
     gateway_url: str
     model: Path
 
-    def command(self, *arguments: str, **data: object) -> list[str]:
+    def command(self, *arguments: str, deploy: str = "deploy.py", **data: object) -> list[str]:
         settings = {"model": str(self.model), **data}
         pairs = [f"--data={key}={_as_argument(value)}" for key, value in settings.items()]
-        return [str(BIN / "pyinfra"), *arguments, "inventory.py", "deploy.py", *pairs]
+        return [str(BIN / "pyinfra"), *arguments, "inventory.py", deploy, *pairs]
 
     @property
     def environment(self) -> dict[str, str]:
         return {**os.environ, "GATEWAY_LAB": LAB, "PYINFRA_PROGRESS": "off"}
 
-    def run(self, *arguments: str, timeout_s: float = 300, **data: object) -> Run:
+    def run(
+        self, *arguments: str, deploy: str = "deploy.py", timeout_s: float = 300, **data: object
+    ) -> Run:
         """Deploy; settings by keyword. `changed` comes from pyinfra's own JSON."""
         result = subprocess.run(
-            self.command("-y", "--json", *arguments, **data),
+            self.command("-y", "--json", *arguments, deploy=deploy, **data),
             cwd=CHECKOUT,
             env=self.environment,
             capture_output=True,

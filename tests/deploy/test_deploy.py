@@ -310,6 +310,27 @@ def _spoil_expected_outputs(folder: Path) -> None:
     bundle.verify(folder)
 
 
+def test_rollback_brings_back_what_ran_before_the_last_change(deployment: Deployment) -> None:
+    changed = deployment.run(keepalive_timeout_s=63, service_options={"max_batch": 48})
+    assert changed.returncode == 0, changed.output
+    back = deployment.run(deploy="rollback.py")
+    assert back.returncode == 0, back.output
+    assert "keepalive_timeout 65;" in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+    for port in (9005, 9006):
+        settings = deployment.on("gpu1", "cat", f"/etc/gpu-service/worker-{port}.env")
+        assert "MAX_BATCH" not in settings
+    assert ready_through(deployment)
+    # What is declared is what ran before: the deploy only notes that nginx runs it.
+    again = deployment.run()
+    assert again.returncode == 0, again.output
+    assert "gpu1" not in again.changed
+    one_side = deployment.run(deploy="rollback.py", rollback="workers")
+    assert one_side.returncode == 0, one_side.output
+    assert "MAX_BATCH=48" in deployment.on("gpu1", "cat", "/etc/gpu-service/worker-9005.env")
+    assert "gw1" not in one_side.changed
+    assert deployment.run().returncode == 0
+
+
 def test_a_port_that_is_no_longer_declared_is_retired(deployment: Deployment) -> None:
     assert deployment.run(worker_ports=[9005, 9006, 9007]).returncode == 0
     assert "active" in deployment.on("gpu1", "systemctl", "is-active", "gpu-worker@9007")

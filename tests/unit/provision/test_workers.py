@@ -18,6 +18,7 @@ from provision.operations import WorkerUnit
 from provision.settings import WorkerSettings
 from provision.wheelhouse import Target, Wheelhouse
 from tests.unit.provision.fleets import fleet, gateway, worker
+from tests.unit.provision.test_operations import run
 
 CPU_HOST = Hardware(cpu_cores=8)
 GPU_HOST = Hardware(nvidia_gpus=2, cpu_cores=8, gpu_names=("NVIDIA H100", "NVIDIA H100"))
@@ -143,6 +144,29 @@ def test_any_change_of_what_a_worker_is_made_of_changes_its_deployment() -> None
     }
     assert len(seen) == 4
     assert unit_of({})[0].deployment == unit_of({})[0].deployment
+
+
+def test_what_a_worker_runs_or_can_go_back_to_is_never_pruned() -> None:
+    script = {
+        "worker-*.env": [
+            "/opt/gpu-service/releases/r1",
+            "/opt/gpu-service/releases/r4",
+            "/opt/gpu-service/venvs/v1/bin/python",
+        ],
+        "ls -1t": [
+            *("/opt/gpu-service/releases/", "r4", "r3", "r2", "r1"),
+            *("/opt/gpu-service/venvs/", "v2", "v1"),
+        ],
+    }
+    folders = ["/opt/gpu-service/releases", "/opt/gpu-service/venvs"]
+
+    def removed(keep: int) -> list[str]:
+        commands = run(workers.prune, script, folders=folders, keep=keep)
+        return [command.split("/")[-1] for command in commands if "rm -rf" in command]
+
+    assert removed(keep=2) == ["r3", "r2"]
+    assert removed(keep=3) == ["r2"]
+    assert removed(keep=1) == ["r3", "r2", "v2"]
 
 
 def test_equal_sources_give_equal_releases() -> None:
