@@ -29,7 +29,7 @@ def one_run() -> float:
     output = result.stdout + result.stderr
     if result.returncode:
         sys.exit(output)
-    if "operations changed it" in output:
+    if "changed it" in output:
         sys.exit("the deploy changed something: deploy first, then measure")
     return took
 

@@ -362,7 +362,8 @@ def report() -> Commands:
     if executing():
         metas = [data.operation_meta for data in state.ops[host].values()]
         changed = sum(meta.is_complete() and meta.did_change() for meta in metas)
-        host.log(f"{changed} operations changed it" if changed else "nothing was changed")
+        count = "1 operation" if changed == 1 else f"{changed} operations"
+        host.log(f"{count} changed it" if changed else "nothing was changed")
     yield from ()
 
 
