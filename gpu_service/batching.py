@@ -5,6 +5,7 @@ between threads guards it (see `dispatch`, which owns the only one in a server).
 """
 
 import enum
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -16,24 +17,33 @@ T = TypeVar("T")
 _MIN_RETRY_S = 0.05
 _MAX_RETRY_S = 5.0
 
+# Priorities of requests: more is sooner.
+PRIORITIES = range(10)
+NORMAL_PRIORITY = 5
+
+# Whoever has waited for so long is not overtaken any more, by whatever priority.
+_MAX_OVERTAKEN_S = 1.0
+
 # The weight of the newest batch in the moving average of seconds a sample.
 _SMOOTHING = 0.2
 
 
-class State(enum.Enum):
+class State(enum.IntEnum):  # whose hash is a number's, and quick
     """Where a ticket is on its way."""
 
     QUEUED = enum.auto()
     RUNNING = enum.auto()
     DONE = enum.auto()
     CANCELLED = enum.auto()
+    EXPIRED = enum.auto()
 
 
-_ALLOWED = {
-    State.QUEUED: {State.RUNNING, State.CANCELLED},
-    State.RUNNING: {State.DONE, State.CANCELLED},
-    State.DONE: set[State](),
-    State.CANCELLED: set[State](),
+_ALLOWED: dict[State, tuple[State, ...]] = {
+    State.QUEUED: (State.RUNNING, State.CANCELLED, State.EXPIRED),
+    State.RUNNING: (State.DONE, State.CANCELLED),
+    State.DONE: (),
+    State.CANCELLED: (),
+    State.EXPIRED: (),
 }
 
 
@@ -60,12 +70,30 @@ class RequestTooLargeError(Exception):
 class Ticket(Generic[T]):
     """One request's place: in the queue, on the device, or past both."""
 
-    __slots__ = ("payload", "queued_at", "samples", "started_at", "state")
+    __slots__ = (
+        "expires_at",
+        "payload",
+        "priority",
+        "queued_at",
+        "samples",
+        "started_at",
+        "state",
+    )
 
-    def __init__(self, payload: T, *, samples: int, queued_at: float) -> None:
+    def __init__(
+        self,
+        payload: T,
+        *,
+        samples: int,
+        queued_at: float,
+        priority: int = NORMAL_PRIORITY,
+        expires_at: float = math.inf,
+    ) -> None:
         self.payload = payload
         self.samples = samples
         self.queued_at = queued_at
+        self.priority = priority
+        self.expires_at = expires_at
         self.started_at = 0.0
         self.state = State.QUEUED
 
@@ -77,7 +105,11 @@ class Ticket(Generic[T]):
 
 
 class Queue(Generic[T]):
-    """First in, first out; nothing overtakes, so no request starves.
+    """By priority, and first in, first out among equals.
+
+    Nobody starves: who has waited for a second is the next, in the order of arrival. And within
+    a batch nothing is skipped: a large request that comes next but does not fit any more waits
+    for the next batch, and all behind it do.
 
     Meant to be asked by a device whenever it is idle: requests gather while it is busy, and
     none waits while it is idle, unless `max_delay_s` says so. All times are of `clock`.
@@ -95,8 +127,12 @@ class Queue(Generic[T]):
         self._max_queue = max_queue
         self._max_delay_s = max_delay_s
         self._clock = clock
-        # Not a deque: a cancelled ticket goes at once, with the memory that it holds.
-        self._tickets: OrderedDict[Ticket[T], None] = OrderedDict()
+        self._good_batch = max_batch
+        # By priority, the most urgent first. Not deques: a cancelled ticket goes at once, with
+        # the memory that it holds.
+        self._lanes: dict[int, OrderedDict[Ticket[T], None]] = {
+            priority: OrderedDict() for priority in reversed(PRIORITIES)
+        }
         self._samples = 0
         self._seconds_per_sample = 0.0
 
@@ -105,8 +141,23 @@ class Queue(Generic[T]):
         """How many samples are queued."""
         return self._samples
 
-    def offer(self, payload: T, *, samples: int) -> Ticket[T]:
-        """Queue one request of `samples` samples.
+    def aim_at(self, samples: int) -> None:
+        """Gather batches of `samples`, because larger ones gain nothing on this device.
+
+        What more there is then waits for the next batch, which the device finds ready while
+        this one's answers are on their way. A single request may still have `max_batch`.
+        """
+        self._good_batch = min(samples, self._max_batch)
+
+    def offer(
+        self,
+        payload: T,
+        *,
+        samples: int,
+        priority: int = NORMAL_PRIORITY,
+        timeout_s: float = math.inf,
+    ) -> Ticket[T]:
+        """Queue one request of `samples` samples, which expires unless it starts in `timeout_s`.
 
         Raises RequestTooLargeError or QueueFullError.
         """
@@ -116,48 +167,62 @@ class Queue(Generic[T]):
             raise QueueFullError(
                 samples=samples, max_queue=self._max_queue, retry_after_s=self._retry_after_s()
             )
-        ticket = Ticket(payload, samples=samples, queued_at=self._clock())
-        self._tickets[ticket] = None
+        now = self._clock()
+        ticket = Ticket(
+            payload, samples=samples, queued_at=now, priority=priority, expires_at=now + timeout_s
+        )
+        self._lanes[priority][ticket] = None
         self._samples += samples
         return ticket
 
     def cancel(self, ticket: Ticket[T]) -> bool:
-        """Forget a ticket. False if it is past that: done, or cancelled before.
+        """Forget a ticket. False if it is past that: done, expired, or cancelled before.
 
         A queued one costs nothing any more; a running one runs on, but its result is not to
         be delivered.
         """
-        if ticket.state in (State.DONE, State.CANCELLED):
-            return False
         if ticket.state is State.QUEUED:
-            del self._tickets[ticket]
-            self._samples -= ticket.samples
+            self._remove(ticket)
+        elif ticket.state is not State.RUNNING:
+            return False
         ticket.move(State.CANCELLED)
         return True
 
+    def expire(self, ticket: Ticket[T]) -> bool:
+        """Drop a ticket whose time is up; False if it started, or ended otherwise, before."""
+        if ticket.state is State.QUEUED:
+            self._remove(ticket)
+            ticket.move(State.EXPIRED)
+        return ticket.state is State.EXPIRED
+
     def due_in_s(self) -> float | None:
         """Seconds until an idle device should take a batch: 0 is now, None is not foreseeable."""
-        if not self._tickets:
-            return None
-        if self._samples >= self._max_batch:
+        if self._samples >= self._good_batch:
             return 0.0
-        oldest = next(iter(self._tickets))
+        oldest = self._oldest()
+        if oldest is None:
+            return None
         return max(0.0, oldest.queued_at + self._max_delay_s - self._clock())
 
     def take(self) -> list[Ticket[T]]:
-        """The next batch, oldest first, of at most `max_batch` samples; empty if none is due."""
+        """The next batch, of at most `max_batch` samples; empty if none is due.
+
+        What has expired is dropped on the way.
+        """
         due_in_s = self.due_in_s()
         if due_in_s is None or due_in_s > 0:
             return []
         now = self._clock()
         batch: list[Ticket[T]] = []
-        room = self._max_batch
-        while self._tickets:
-            ticket = next(iter(self._tickets))
-            if ticket.samples > room:
+        room = self._good_batch
+        while (ticket := self._next(now)) is not None:
+            if ticket.expires_at <= now:
+                self._remove(ticket)
+                ticket.move(State.EXPIRED)
+                continue
+            if ticket.samples > room and batch:
                 break
-            del self._tickets[ticket]
-            self._samples -= ticket.samples
+            self._remove(ticket)
             room -= ticket.samples
             ticket.started_at = now
             ticket.move(State.RUNNING)
@@ -172,3 +237,22 @@ class Queue(Generic[T]):
 
     def _retry_after_s(self) -> float:
         return min(max(self._samples * self._seconds_per_sample, _MIN_RETRY_S), _MAX_RETRY_S)
+
+    def _remove(self, ticket: Ticket[T]) -> None:
+        del self._lanes[ticket.priority][ticket]
+        self._samples -= ticket.samples
+
+    def _oldest(self) -> Ticket[T] | None:
+        heads = [next(iter(lane)) for lane in self._lanes.values() if lane]
+        return min(heads, key=lambda ticket: ticket.queued_at, default=None)
+
+    def _next(self, now: float) -> Ticket[T] | None:
+        first = None
+        for lane in self._lanes.values():
+            if lane:
+                head = next(iter(lane))
+                if first is None or (
+                    head.queued_at < first.queued_at and now - head.queued_at >= _MAX_OVERTAKEN_S
+                ):
+                    first = head
+        return first

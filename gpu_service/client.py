@@ -1,13 +1,15 @@
 """An asyncio client that outlives its connections: it reconnects and resends what is unanswered.
 
 Owns one WebSocket at a time, and every call that waits for its answer. Belongs to the event
-loop that it was entered on. Needs numpy and websockets, never torch.
+loop that it was entered on; `blocking` has the same for threads. Needs numpy and websockets,
+never torch.
 """
 
 import asyncio
 import contextlib
 import http.client
 import itertools
+import math
 import os
 import random
 import urllib.parse
@@ -30,7 +32,9 @@ from gpu_service.protocol import (
     Failure,
     ProtocolError,
     Request,
+    Scalar,
     decode_reply,
+    encode_cancel,
     encode_request,
 )
 
@@ -41,6 +45,10 @@ _BACKOFF_MOST_S = 5.0
 # A request that was under way each of so many times when the connection broke may well be
 # what breaks it: it must not take down one worker after the other.
 _MAX_SENDS = 10
+
+# How long a refused request waits when the server does not say it.
+_RETRY_AFTER_S = 0.1
+_SPREAD_MOST_S = 5.0
 
 _OPEN_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
@@ -81,13 +89,15 @@ class InferResult(msgspec.Struct, frozen=True, kw_only=True):
 class _Call:
     """One request that waits for its answer."""
 
-    __slots__ = ("connection", "frame", "future", "sends")
+    __slots__ = ("connection", "frame", "future", "paused", "refusals", "sends")
 
     def __init__(self, frame: bytes, future: "asyncio.Future[InferResult]") -> None:
         self.frame = frame
         self.future = future
         self.connection: ClientConnection | None = None  # that it was last sent on
-        self.sends = 0
+        self.sends = 0  # since the server last answered it, be it with a refusal
+        self.refusals = 0
+        self.paused = False  # it was refused, and is not to be sent before it is time
 
 
 class Client:
@@ -97,11 +107,16 @@ class Client:
     A server that goes away later is waited for, and every unanswered call sent again, so that
     a restart costs a caller time and nothing else. Predictions have no side effects, so
     running one twice is harmless.
+
+    A server that has too much to do refuses requests and says when to come back. With
+    `retry_refused` they are sent again then, within their deadline; else the refusal is raised.
     """
 
-    def __init__(self, url: str, *, deadline_s: float = 30.0) -> None:
+    def __init__(self, url: str, *, deadline_s: float = 30.0, retry_refused: bool = True) -> None:
         self._url = url
         self._deadline_s = deadline_s
+        self._retry_refused = retry_refused
+        self._reconnects = 0
         self._calls: dict[str, _Call] = {}
         self._connection: ClientConnection | None = None
         self._trouble = "not connected yet"
@@ -109,6 +124,7 @@ class Client:
         self._attempts = 0  # to connect, since a reply was last received
         self._ids = (f"{uuid.uuid4().hex[:8]}-{number}" for number in itertools.count(1))
         self._runner: asyncio.Task[None] | None = None
+        self._cancelling: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         """Connect. Raises UnreachableError."""
@@ -129,6 +145,8 @@ class Client:
         """Close. Calls still waiting fail."""
         self._broken = ClientError(f"{self._url}: the client was closed")
         self._fail_all(self._broken)
+        for task in self._cancelling:
+            task.cancel()
         assert self._runner is not None
         self._runner.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -136,38 +154,83 @@ class Client:
         if self._connection is not None:
             await self._connection.close()
 
+    @property
+    def reconnects(self) -> int:
+        """How often a lost connection was replaced."""
+        return self._reconnects
+
     async def infer(
         self,
         inputs: Mapping[str, NDArray[Any]],
         *,
         model: str | None = None,
         version: str | None = None,
+        parameters: Mapping[str, Scalar] | None = None,
         deadline_s: float | None = None,
     ) -> InferResult:
         """Outputs for inputs [n, …] by name, of `model` (default: the one that is served).
 
-        Raises InferenceError when the server refuses or fails, DeadlineExceededError or
-        UnreachableError after `deadline_s` (default: the client's), and ProtocolError for
-        arrays of a dtype that cannot be sent.
+        `parameters` are passed on as they are. Raises InferenceError when the server refuses
+        or fails, DeadlineExceededError or UnreachableError after `deadline_s` (default: the
+        client's), and ProtocolError for arrays of a dtype that cannot be sent.
         """
         if self._broken is not None:
             raise self._broken
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
         request_id = next(self._ids)
         frame = encode_request(
-            Request(inputs=inputs, id=request_id, model_name=model, model_version=version)
+            Request(
+                inputs=inputs,
+                id=request_id,
+                model_name=model,
+                model_version=version,
+                parameters=parameters or {},
+            )
         )
         call = _Call(frame, asyncio.get_running_loop().create_future())
         self._calls[request_id] = call
         try:
-            async with asyncio.timeout(deadline_s):
-                if self._connection is not None:
-                    await self._send(call, self._connection)
-                return await call.future
+            async with asyncio.timeout(deadline_s) as timeout:
+                while True:
+                    try:
+                        if self._connection is not None:
+                            await self._send(call, self._connection)
+                        return await call.future
+                    except asyncio.CancelledError:
+                        self._cancel(call, request_id)
+                        raise
+                    except InferenceError as error:
+                        await self._pause(call, error, timeout.when())
         except TimeoutError:
-            raise self._too_late(deadline_s) from None
+            raise self._too_late(call, deadline_s) from None
         finally:
             del self._calls[request_id]
+
+    def _cancel(self, call: _Call, request_id: str) -> None:
+        """Tell the server that nobody waits for this one any more, so that it need not run."""
+        connection = call.connection
+        if connection is None or connection is not self._connection:
+            return  # it was not sent, or went with its connection
+        task = asyncio.create_task(_send_cancel(connection, request_id))
+        self._cancelling.add(task)  # the loop itself would not keep it
+        task.add_done_callback(self._cancelling.discard)
+
+    async def _pause(self, call: _Call, error: InferenceError, ends_at: float | None) -> None:
+        """Wait until a refused call may be sent again; raises `error` where that cannot be."""
+        loop = asyncio.get_running_loop()
+        if not self._retry_refused or not _is_refusal(error) or self._broken is not None:
+            raise error
+        remaining_s = math.inf if ends_at is None else ends_at - loop.time()
+        pause_s = _pause_s(error.retry_after_s, refusals=call.refusals, remaining_s=remaining_s)
+        if pause_s is None:
+            raise error
+        call.refusals += 1
+        call.sends = 0
+        call.future = loop.create_future()
+        call.paused = True
+        # Only what ends all calls, such as close(), completes it meanwhile.
+        await asyncio.wait([call.future], timeout=pause_s)
+        call.paused = False
 
     # ------------------------------------------------------------------ the connection
 
@@ -188,6 +251,7 @@ class Client:
                 self._connection = connection
                 await self._read(connection)
                 connection = await self._reconnect()
+                self._reconnects += 1
         except (OSError, WebSocketException) as error:  # what waiting does not mend
             self._broken = UnreachableError(_explained(self._url, error))
         except Exception as error:  # a bug: rather all calls fail than hang
@@ -224,10 +288,12 @@ class Client:
 
     async def _resend(self, connection: ClientConnection) -> None:
         for call in list(self._calls.values()):
-            if call.connection is not connection:
+            if call.connection is not connection and not call.paused:
                 await self._send(call, connection)
 
     async def _send(self, call: _Call, connection: ClientConnection) -> None:
+        if call.future.done():
+            return
         if call.sends >= _MAX_SENDS:
             _fail(
                 call, ClientError(f"given up after sending it {_MAX_SENDS} times: {self._trouble}")
@@ -282,10 +348,11 @@ class Client:
         for call in self._calls.values():
             _fail(call, error)
 
-    def _too_late(self, deadline_s: float) -> ClientError:
+    def _too_late(self, call: _Call, deadline_s: float) -> ClientError:
         if self._connection is None:
             return UnreachableError(f"no answer within {deadline_s:g} s; {self._trouble}")
-        return DeadlineExceededError(f"{self._url}: no answer within {deadline_s:g} s")
+        refused = f"; refused {call.refusals} times before that" if call.refusals else ""
+        return DeadlineExceededError(f"{self._url}: no answer within {deadline_s:g} s{refused}")
 
 
 async def fetch_json(url: str, path: str, *, timeout_s: float) -> Any:
@@ -318,9 +385,34 @@ def _fetch_json(url: str, path: str, timeout_s: float) -> Any:
     return content
 
 
+async def _send_cancel(connection: ClientConnection, request_id: str) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        await connection.send(encode_cancel(request_id), text=True)
+
+
 def _fail(call: _Call, error: ClientError) -> None:
     if not call.future.done():
         call.future.set_exception(error)
+
+
+def _is_refusal(error: InferenceError) -> bool:
+    # A code that this version lacks, too, where the server says when to come back.
+    return error.code == ErrorCode.UNAVAILABLE or error.retry_after_s is not None
+
+
+def _pause_s(retry_after_s: float | None, *, refusals: int, remaining_s: float) -> float | None:
+    """How long a call waits that was refused after `refusals` others; None if it has no time.
+
+    Never less than the server said. All that it refused at that moment were told the same:
+    they come back spread over a time that doubles with each refusal.
+    """
+    least_s = _RETRY_AFTER_S if retry_after_s is None else retry_after_s
+    if least_s >= remaining_s:
+        return None
+    spread_s = min(_SPREAD_MOST_S, max(least_s, _RETRY_AFTER_S) * 2.0 ** min(refusals, 16))
+    # Leaves time for the answer.
+    most_s = min(least_s + spread_s, (least_s + remaining_s) / 2)
+    return random.uniform(least_s, most_s)  # noqa: S311 - spreads load, no secret
 
 
 def _may_pass(error: Exception) -> bool:

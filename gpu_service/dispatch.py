@@ -7,6 +7,7 @@ batch. The thread survives every exception of the engine.
 
 import asyncio
 import concurrent.futures
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +17,17 @@ import msgspec
 from numpy.typing import NDArray
 
 from gpu_service import logs
-from gpu_service.batching import Queue, State, Ticket
+from gpu_service.batching import NORMAL_PRIORITY, Queue, State, Ticket
 from gpu_service.signature import ModelInfo
 
 Tensors = Mapping[str, NDArray[Any]]
+
+# So many batches in a row of which nothing succeeded make the device suspect.
+_SUSPICIOUS_BATCHES = 3
+
+
+class BrokenError(Exception):
+    """The device fails, whatever it is given: nothing can be run here any more."""
 
 
 class StartupError(Exception):
@@ -34,6 +42,7 @@ class Work(Protocol):
 
 
 W = TypeVar("W", bound=Work)
+A = TypeVar("A")
 
 
 class BatchOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +64,14 @@ class Engine(Protocol):
     @property
     def description(self) -> Mapping[str, str]:
         """What it runs on, for logs and metrics: `device` and the like; fixed."""
+
+    @property
+    def good_batch(self) -> int:
+        """Samples beyond which larger batches hardly gain anything; fixed. 0: not known."""
+        return 0
+
+    def check(self) -> None:
+        """Run something that is known to work; raises if it does not."""
 
     def run(self, requests: Sequence[Tensors]) -> BatchOutput:
         """Run all requests as one batch. Their outputs follow one another in the same order."""
@@ -97,13 +114,17 @@ class Dispatcher(Generic[W]):
         self._queue: Queue[W] = Queue(
             max_batch=max_batch, max_queue=max_queue, max_delay_s=max_delay_s, clock=clock
         )
-        self._changed = threading.Condition()  # guards the queue and what follows
+        self._lock = threading.Lock()  # guards the queue and what follows
+        self._changed = threading.Condition(self._lock)
         self._closing = False
         self._pinged = False
         self._beats = 0
         self._flush_scheduled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_batch: Callable[[FinishedBatch[W]], None] = lambda batch: None
+        self._on_expired: Callable[[Ticket[W]], None] = lambda ticket: None
+        self._on_broken: Callable[[BrokenError], None] = lambda error: None
+        self._timers: dict[Ticket[W], asyncio.TimerHandle] = {}
         self._opened: concurrent.futures.Future[Engine] = concurrent.futures.Future()
         # A daemon: a hung device must not keep the process from ending.
         self._thread = threading.Thread(target=self._main, name="inference", daemon=True)
@@ -115,19 +136,44 @@ class Dispatcher(Generic[W]):
         self._thread.start()
         return self._opened.result()
 
-    def start(self, on_batch: Callable[[FinishedBatch[W]], None]) -> None:
-        """Have every finished batch handed to `on_batch`, on the running event loop.
+    def start(
+        self,
+        on_batch: Callable[[FinishedBatch[W]], None],
+        *,
+        on_expired: Callable[[Ticket[W]], None] | None = None,
+        on_broken: Callable[[BrokenError], None] | None = None,
+    ) -> None:
+        """Have what happens reported on the running event loop.
 
-        Cancelled requests are not in it any more.
+        Every finished batch goes to `on_batch`, without the requests that were cancelled; each
+        request whose time was up before it started to `on_expired`. `on_broken` is called once,
+        when the device is found to fail whatever it is given: from then on every request ends
+        with that BrokenError.
         """
         self._on_batch = on_batch
+        self._on_expired = on_expired or self._on_expired
+        self._on_broken = on_broken or self._on_broken
         self._loop = asyncio.get_running_loop()
 
-    def submit(self, work: W, *, samples: int) -> Ticket[W]:
-        """Queue one request; RequestTooLargeError or QueueFullError if that cannot be."""
+    def submit(
+        self,
+        work: W,
+        *,
+        samples: int,
+        priority: int = NORMAL_PRIORITY,
+        timeout_s: float = math.inf,
+    ) -> Ticket[W]:
+        """Queue one request, as `Queue.offer` does.
+
+        Raises RequestTooLargeError or QueueFullError.
+        """
         assert self._loop is not None, "start() comes first"
-        with self._changed:
-            ticket = self._queue.offer(work, samples=samples)
+        with self._lock:
+            ticket = self._queue.offer(
+                work, samples=samples, priority=priority, timeout_s=timeout_s
+            )
+        if timeout_s != math.inf:
+            self._timers[ticket] = self._loop.call_later(timeout_s, self._expire, ticket)
         # An idle thread is woken only after this turn of the loop, so that requests that
         # arrive together run together instead of one of them alone first.
         if not self._flush_scheduled:
@@ -138,9 +184,10 @@ class Dispatcher(Generic[W]):
     def cancel(self, ticket: Ticket[W]) -> bool:
         """Drop a request: it is not run if it did not start, and not delivered in any case.
 
-        False if it had been delivered or cancelled before.
+        False if it had been delivered, cancelled or expired before.
         """
-        with self._changed:
+        self._stop_timer(ticket)
+        with self._lock:
             return self._queue.cancel(ticket)
 
     @property
@@ -155,30 +202,44 @@ class Dispatcher(Generic[W]):
 
     def ping(self) -> None:
         """Ask an idle thread for a sign of life. A busy one gives it with its next batch."""
-        with self._changed:
+        with self._lock:
             self._pinged = True
             self._changed.notify()
 
     def close(self, *, timeout_s: float) -> bool:
         """End the thread, dropping what is queued; False if it hangs and was left behind."""
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def _expire(self, ticket: Ticket[W]) -> None:
+        del self._timers[ticket]
+        with self._lock:
+            is_so = self._queue.expire(ticket)
+        if is_so:
+            self._on_expired(ticket)
+
+    def _stop_timer(self, ticket: Ticket[W]) -> None:
+        # Without a timer it would be held, with its inputs, until its time is up.
+        if self._timers and (timer := self._timers.pop(ticket, None)) is not None:
+            timer.cancel()
+
     def _flush(self) -> None:
         self._flush_scheduled = False
-        with self._changed:
+        with self._lock:
             self._changed.notify()
 
     def _deliver(self, batch: FinishedBatch[W]) -> None:
-        with self._changed:
+        with self._lock:
             wanted = [
                 outcome for outcome in batch.outcomes if outcome.ticket.state is State.RUNNING
             ]
             for outcome in wanted:
                 outcome.ticket.move(State.DONE)
+        for outcome in wanted:
+            self._stop_timer(outcome.ticket)
         self._on_batch(msgspec.structs.replace(batch, outcomes=wanted))
 
     # -------------------------------------------------------------------- inference thread
@@ -189,18 +250,33 @@ class Dispatcher(Generic[W]):
         except BaseException as error:
             self._opened.set_exception(error)
             return
+        if engine.good_batch:
+            self._queue.aim_at(engine.good_batch)
         self._opened.set_result(engine)
+        in_vain = 0
+        broken: BrokenError | None = None
         while (tickets := self._next()) is not None:
+            if broken is not None:
+                self._hand_over(_failed(tickets, broken))
+                continue
             try:
                 batch = _run(engine, tickets, beat=self._beat)
             except Exception as error:  # a bug here must not end all service
                 logs.error("inference_thread_error", cause=error)
                 batch = _failed(tickets, error)
             self._hand_over(batch)
+            failed = all(isinstance(each.result, BaseException) for each in batch.outcomes)
+            in_vain = in_vain + 1 if failed and batch.outcomes else 0
+            if in_vain >= _SUSPICIOUS_BATCHES:
+                in_vain = 0
+                broken = _broken(engine)
+                self._beat()
+                if broken is not None:
+                    self._call(self._on_broken, broken)
 
     def _next(self) -> list[Ticket[W]] | None:
         """The next batch, as soon as one is due; None when closing."""
-        with self._changed:
+        with self._lock:
             while not self._closing:
                 if self._pinged:
                     self._pinged = False
@@ -214,15 +290,29 @@ class Dispatcher(Generic[W]):
         self._beats += 1
 
     def _hand_over(self, batch: FinishedBatch[W]) -> None:
-        with self._changed:
+        with self._lock:
             if batch.infer_s:
                 duration_s = batch.input_s + batch.infer_s + batch.output_s
                 self._queue.finished(samples=batch.samples, duration_s=duration_s)
+        self._call(self._deliver, batch)
+
+    def _call(self, function: Callable[[A], None], argument: A) -> None:
         try:
             if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._deliver, batch)
+                self._loop.call_soon_threadsafe(function, argument)
         except RuntimeError:
             pass  # the loop has closed: nobody is left to be answered
+
+
+def _broken(engine: Engine) -> BrokenError | None:
+    """Whether it is the device that fails, and not what clients send."""
+    try:
+        engine.check()
+    except BaseException as error:
+        broken = BrokenError(f"the device fails: {type(error).__name__}: {error}")
+        broken.__cause__ = error
+        return broken
+    return None
 
 
 def _run(engine: Engine, tickets: list[Ticket[W]], *, beat: Callable[[], None]) -> FinishedBatch[W]:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -17,6 +17,15 @@ from numpy.typing import NDArray
 from gpu_service import bundle, datatypes, golden, logs, models
 from gpu_service.dispatch import BatchOutput, StartupError, Tensors
 from gpu_service.signature import ModelInfo
+
+# A batch of inputs up to this size is copied in one go, with the GIL held for some 100 µs at most.
+_JOINED_BYTES = 1 << 20
+
+# Of each size of batch in the warm-up; the fastest one counts.
+_TIMED_RUNS = 3
+
+# How much longer a sample may take in a batch that is called good.
+_GOOD_ENOUGH = 1.1
 
 
 class TorchEngine:
@@ -37,6 +46,7 @@ class TorchEngine:
         self._info = info
         self._device = device
         self._max_batch = max_batch
+        self._good_batch = max_batch
         self._host = [
             torch.zeros(
                 (max_batch, *spec.shape),
@@ -47,6 +57,7 @@ class TorchEngine:
         ]
         # The same memory again, to be written without torch's overhead for each request.
         self._host_arrays = [buffer.numpy() for buffer in self._host]
+        self._host_views = [array.reshape(-1).view("u1").data for array in self._host_arrays]
         self._on_device = [
             buffer if device.type == "cpu" else torch.zeros_like(buffer, device=device)
             for buffer in self._host
@@ -68,9 +79,20 @@ class TorchEngine:
             "threads": str(torch.get_num_threads()),
         }
 
+    @property
+    def good_batch(self) -> int:
+        """Samples beyond which larger batches hardly gained anything in the warm-up."""
+        return self._good_batch
+
+    def check(self) -> None:
+        """Run one sample of zeros; raises if the device fails."""
+        self.run([{spec.name: _zeros(spec, 1) for spec in self._info.inputs}])
+
     @torch.inference_mode()
     def run(self, requests: Sequence[Tensors]) -> BatchOutput:
         """Inputs [k, …] by name for each request → outputs [n, …], n being the sum of all k.
+
+        Inputs have the declared dtypes and shapes, and are contiguous.
 
         Raises whatever the model raises, and ValueError for outputs that are not as declared.
         """
@@ -91,9 +113,17 @@ class TorchEngine:
         )
 
     def warm_up(self) -> None:
-        """Run each bucket once, so that no client waits for kernels to be chosen or loaded."""
+        """Run each bucket, so that no client waits for kernels to be chosen or loaded.
+
+        What that takes tells which size of batch is good enough.
+        """
+        seconds = {}
         for size in buckets(self._max_batch):
-            self.run([{spec.name: _zeros(spec, size) for spec in self._info.inputs}])
+            batch = [{spec.name: _zeros(spec, size) for spec in self._info.inputs}]
+            self.run(batch)
+            runs = [self.run(batch) for _ in range(_TIMED_RUNS)]
+            seconds[size] = min(run.infer_s for run in runs)
+        self._good_batch = good_batch(seconds)
 
     def self_test(self, samples: Tensors) -> float:
         """Compare the model with its bundle's samples; the greatest difference found.
@@ -120,14 +150,20 @@ class TorchEngine:
         return comparison.max_abs_diff
 
     def _fill(self, requests: Sequence[Tensors]) -> int:
-        end = 0
-        for inputs in requests:
-            start = end
-            for spec, buffer in zip(self._info.inputs, self._host_arrays, strict=True):
-                array = inputs[spec.name]
-                end = start + len(array)
-                buffer[start:end] = array
-        return end
+        samples = 0
+        for spec, buffer, view in zip(
+            self._info.inputs, self._host_arrays, self._host_views, strict=True
+        ):
+            arrays = [inputs[spec.name] for inputs in requests]
+            samples = sum(map(len, arrays))
+            if samples * buffer[0].nbytes <= _JOINED_BYTES:
+                # numpy gives the GIL away around each copy, and each time the event loop has it
+                # next: many small arrays would wait for it more than they take to be copied.
+                joined = b"".join(cast(Sequence[bytes], arrays))
+                view[: len(joined)] = joined
+            else:
+                numpy.concatenate(arrays, out=buffer[:samples])
+        return samples
 
     def _to_device(self, samples: int) -> list[torch.Tensor]:
         if self._device.type == "cpu":
@@ -215,6 +251,16 @@ def buckets(max_batch: int) -> list[int]:
     """The batch sizes of a GPU, which likes few fixed ones: powers of two, and the last."""
     sizes = [1 << power for power in range(max_batch.bit_length())]
     return sizes if sizes[-1] == max_batch else [*sizes, max_batch]
+
+
+def good_batch(seconds: Mapping[int, float]) -> int:
+    """The smallest size of a batch whose samples take hardly longer than in any other.
+
+    `seconds` of one run by size. Where time grows with size, as on a CPU, two small batches are
+    better than a large one: the first is answered while the second one runs.
+    """
+    best = min(duration / size for size, duration in seconds.items())
+    return min(size for size, duration in seconds.items() if duration / size <= best * _GOOD_ENOUGH)
 
 
 def _torch_dtype(datatype: str) -> torch.dtype:

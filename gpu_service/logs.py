@@ -6,6 +6,8 @@ Owns the format and the root logger's one handler. Never the payload of a reques
 import datetime
 import logging
 import sys
+import time
+from collections.abc import Callable
 from typing import Any, TextIO
 
 import msgspec
@@ -56,3 +58,26 @@ def warning(event: str, **fields: object) -> None:
 def error(event: str, *, cause: BaseException | None = None, **fields: object) -> None:
     """A failure. `cause` adds its traceback: for bugs, never for a user's mistake."""
     _logger.error(event, extra={_FIELDS: fields}, exc_info=cause)
+
+
+class RateLimit:
+    """Lets the first `most` lines of each `per_s` seconds through, and counts the rest."""
+
+    def __init__(
+        self, *, most: int, per_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most = most
+        self._per_s = per_s
+        self._clock = clock
+        self._since = clock()
+        self._lines = 0
+
+    def admit(self) -> int | None:
+        """None to keep quiet, else how many lines were kept back since the last one."""
+        now = self._clock()
+        kept_back = 0
+        if now - self._since >= self._per_s:
+            kept_back = max(0, self._lines - self._most)
+            self._since, self._lines = now, 0
+        self._lines += 1
+        return kept_back if self._lines <= self._most else None

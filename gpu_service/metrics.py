@@ -1,33 +1,107 @@
 """What a worker counts, in the format of Prometheus.
 
-Owns the registry (its own, so that tests and libraries do not share it). Updated on the event
-loop only.
+Owns the registry (its own, so that tests and libraries do not share it) and the numbers, which
+are plain: the event loop alone changes them, for each request, so that they need no locks.
 """
 
-from collections.abc import Callable, Mapping
+import bisect
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import (
     CONTENT_TYPE_PLAIN_0_0_4,
     CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
     Info,
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from gpu_service.protocol import ErrorCode
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 OK = "OK"  # beside the error codes of the protocol
-CANCELLED = "CANCELLED"  # the client went away before its answer was ready
+
+
+class Reason(enum.StrEnum):
+    """Why requests failed; finer than the codes that clients see."""
+
+    MALFORMED = "malformed"  # the message, or a tensor in itself
+    DUPLICATE_ID = "duplicate_id"
+    NOT_FOUND = "not_found"
+    MISMATCH = "mismatch"  # inputs, outputs or parameters that are not the model's
+    TOO_LARGE = "too_large"  # more samples than a batch may have
+    QUEUE_FULL = "queue_full"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"  # by a message
+    DISCONNECTED = "disconnected"  # the client went away before its answer was ready
+    MODEL = "model"  # raised by the model or its device
+    DEVICE_BROKEN = "device_broken"
+    NOT_JSON = "not_json"  # NaN in an answer to a text request
+    INTERNAL = "internal"  # a bug
+
 
 _SECONDS = (
     *(0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
+
+
+class Number:
+    """A number that goes up, or up and down."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def inc(self) -> None:
+        """One more."""
+        self.value += 1
+
+    def dec(self) -> None:
+        """One less."""
+        self.value -= 1
+
+
+class Distribution:
+    """Observations, counted by size."""
+
+    __slots__ = ("_bounds", "_counts", "_sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one."""
+        self._counts[bisect.bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def cumulated(self) -> tuple[list[tuple[str, float]], float]:
+        """How many were at most each bound, by its text, and the sum of all."""
+        buckets = []
+        total = 0
+        names = [str(bound) for bound in self._bounds] + ["+Inf"]
+        for name, count in zip(names, self._counts, strict=True):
+            total += count
+            buckets.append((name, float(total)))
+        return buckets, self._sum
+
+
+class _Collector(Collector):
+    """Asks `collect` at each scrape."""
+
+    def __init__(self, collect: Callable[[], Iterator[Metric]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry."""
+        return self._collect()
 
 
 class Metrics:
@@ -36,49 +110,33 @@ class Metrics:
     def __init__(self, *, max_batch: int) -> None:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
-        requests = Counter(
-            "gpu_service_requests",
-            "Requests by how they ended: OK, CANCELLED, or the code of their error.",
-            ["code"],
-            registry=self._registry,
+        self._ended = {code: Number() for code in (OK, *ErrorCode)}
+        self._failed = {reason: Number() for reason in Reason}
+        self._stages = {
+            stage: Distribution(_SECONDS)
+            for stage in ("queue", "input", "infer", "output", "total")
+        }
+        self.queue_s = self._stages["queue"]
+        self.input_s = self._stages["input"]
+        self.infer_s = self._stages["infer"]
+        self.output_s = self._stages["output"]
+        self.total_s = self._stages["total"]
+        self.batch_samples = Distribution(
+            [float(1 << power) for power in range(max_batch.bit_length() + 1)]
         )
-        self._ended = {code: requests.labels(code) for code in (OK, CANCELLED, *ErrorCode)}
-        stages = Histogram(
-            "gpu_service_stage_seconds",
-            "Where time goes: queue and total are of each request (total: from the message "
-            "received to its answer handed to the socket), input, infer and output of each batch.",
-            ["stage"],
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self.queue_s = stages.labels("queue")
-        self.input_s = stages.labels("input")
-        self.infer_s = stages.labels("infer")
-        self.output_s = stages.labels("output")
-        self.total_s = stages.labels("total")
-        self.batch_samples = Histogram(
-            "gpu_service_batch_samples",
-            "Samples that ran together in one batch.",
-            buckets=[float(1 << power) for power in range(max_batch.bit_length() + 1)],
-            registry=self._registry,
-        )
-        self.connections = self._gauge("connections", "Open WebSocket connections.")
-        self.connections_opened = Counter(
-            "gpu_service_connections_opened",
-            "WebSocket connections that were opened.",
-            registry=self._registry,
-        )
-        self.connections_refused = Counter(
-            "gpu_service_connections_refused",
-            "WebSocket connections refused, because there were too many or while draining.",
-            registry=self._registry,
-        )
-        self.in_flight = self._gauge("in_flight_requests", "Requests received and not answered.")
-        self.ready = self._gauge("ready", "1 while new requests are taken, else 0.")
+        self.connections = Number()
+        self.connections_opened = Number()
+        self.connections_refused = Number()
+        self.in_flight = Number()
+        self.ready = Number()
+        self._queued_samples: Callable[[], float] = lambda: 0
+        self._registry.register(_Collector(self._collect))
 
-    def ended(self, code: str) -> None:
-        """Count one request that ended: OK, CANCELLED or the code of its error."""
-        self._ended[code].inc()
+    def ended(self, code: str, reason: Reason | None = None) -> None:
+        """Count one request that ended: OK, or the code of its error and the reason for it."""
+        self._ended[code].value += 1
+        if reason is not None:
+            self._failed[reason].value += 1
 
     def describe(
         self,
@@ -90,12 +148,55 @@ class Metrics:
         """Say once what runs here; `queued_samples` is asked at each scrape."""
         Info("gpu_service_build", "What runs here.", registry=self._registry).info(dict(build))
         Info("gpu_service_model", "The model served.", registry=self._registry).info(dict(model))
-        queue = self._gauge("queued_samples", "Samples waiting for the device.")
-        queue.set_function(queued_samples)
+        self._queued_samples = queued_samples
 
     def exposition(self) -> bytes:
         """All metrics as text, of type CONTENT_TYPE."""
         return generate_latest(self._registry)
 
-    def _gauge(self, name: str, about: str) -> Gauge:
-        return Gauge(f"gpu_service_{name}", about, registry=self._registry)
+    def _collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "gpu_service_requests",
+            "Requests by how they ended: OK, or the code of their error.",
+            labels=["code"],
+        )
+        for code, number in self._ended.items():
+            requests.add_metric([str(code)], number.value)
+        yield requests
+        failures = CounterMetricFamily(
+            "gpu_service_failures", "Requests that failed, by reason.", labels=["reason"]
+        )
+        for reason, number in self._failed.items():
+            failures.add_metric([str(reason)], number.value)
+        yield failures
+        stages = HistogramMetricFamily(
+            "gpu_service_stage_seconds",
+            "Where time goes: queue and total are of each request (total: from the message "
+            "received to its answer handed to the socket), input, infer and output of each batch.",
+            labels=["stage"],
+        )
+        for stage, distribution in self._stages.items():
+            stages.add_metric([stage], *distribution.cumulated())
+        yield stages
+        batches = HistogramMetricFamily(
+            "gpu_service_batch_samples", "Samples that ran together in one batch."
+        )
+        batches.add_metric([], *self.batch_samples.cumulated())
+        yield batches
+        yield CounterMetricFamily(
+            "gpu_service_connections_opened",
+            "WebSocket connections that were opened.",
+            value=self.connections_opened.value,
+        )
+        yield CounterMetricFamily(
+            "gpu_service_connections_refused",
+            "WebSocket connections refused, because there were too many or while draining.",
+            value=self.connections_refused.value,
+        )
+        for name, about, value in (
+            ("connections", "Open WebSocket connections.", self.connections.value),
+            ("in_flight_requests", "Requests received and not answered.", self.in_flight.value),
+            ("ready", "1 while new requests are taken, else 0.", self.ready.value),
+            ("queued_samples", "Samples waiting for the device.", self._queued_samples()),
+        ):
+            yield GaugeMetricFamily(f"gpu_service_{name}", about, value=value)

@@ -29,7 +29,10 @@ _BINARY_SIZE = "binary_data_size"
 _HEADER_LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_CHARS = 500
 _PADDING = bytes(_ALIGNMENT)
+_SPACES = b" " * _ALIGNMENT
 _WHITESPACE = b" \t\r\n"
+
+_WIRE_DTYPES = frozenset(datatypes.NUMPY.values())
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _T = TypeVar("_T")
@@ -42,6 +45,8 @@ class ErrorCode(enum.StrEnum):
     NOT_FOUND = "NOT_FOUND"  # no such model or version here
     UNAVAILABLE = "UNAVAILABLE"  # not now; `retry_after_ms` says when to come back
     INTERNAL = "INTERNAL"  # the model or the service failed on a valid request
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"  # its `timeout_ms` was over before it could start
+    CANCELLED = "CANCELLED"  # as its client wished
 
 
 class ProtocolError(Exception):
@@ -69,6 +74,12 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     binary: bool = True
 
 
+class Cancel(msgspec.Struct, frozen=True):
+    """A client's wish that its request of this id be forgotten."""
+
+    id: str
+
+
 class Response(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to one request. Every output includes the batch dimension: [n, …]."""
 
@@ -89,6 +100,16 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     message: str
     retry_after_ms: int | None = None
+
+
+class _Label(msgspec.Struct):
+    """Which tensor an error is about; put together only where there is one."""
+
+    where: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {quote(self.name)}"
 
 
 def quote(text: str) -> str:
@@ -117,8 +138,13 @@ class _OutputName(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
+class _Cancel(msgspec.Struct, forbid_unknown_fields=True):
+    id: str
+
+
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
-    inputs: list[_StrictTensor]
+    inputs: list[_StrictTensor] | None = None
+    cancel: _Cancel | None = None
     id: str | None = None
     model_name: str | None = None
     model_version: str | None = None
@@ -163,7 +189,15 @@ _JSON_ERRORS = (msgspec.DecodeError, UnicodeError, RecursionError, ValueError)
 
 
 def decode_request(message: str | bytes) -> Request:
-    """The request in a text (`str`) or binary (`bytes`) message.
+    """The request in a text (`str`) or binary (`bytes`) message; as `decode_message`."""
+    decoded = decode_message(message)
+    if isinstance(decoded, Cancel):
+        raise _invalid("'cancel' is not a request")
+    return decoded
+
+
+def decode_message(message: str | bytes) -> Request | Cancel:
+    """What a client sent, as a text (`str`) or binary (`bytes`) message.
 
     Checks the frame and its tensors in themselves; whether a model takes them is not known
     here (see `signature`). Raises ProtocolError with INVALID_ARGUMENT, and with the request's
@@ -173,6 +207,12 @@ def decode_request(message: str | bytes) -> Request:
     wire = _parse(parts.header, _request_decoder)
     if wire.id is not None and len(wire.id) > MAX_ID_CHARS:
         raise _invalid(f"id has {len(wire.id)} characters, at most {MAX_ID_CHARS} are allowed")
+    if wire.cancel is not None:
+        if wire.inputs is not None:
+            raise _invalid("a message has either 'inputs' or 'cancel'", request_id=wire.id)
+        return Cancel(wire.cancel.id)
+    if wire.inputs is None:
+        raise _invalid("not a message: it has no `inputs`", request_id=wire.id)
     outputs = None if wire.outputs is None else tuple(item.name for item in wire.outputs)
     try:
         inputs = _tensors("inputs", wire.inputs, parts)
@@ -256,7 +296,7 @@ def _tensors(where: str, wires: Iterable[_Tensor], parts: _Parts) -> dict[str, N
     tensors: dict[str, NDArray[Any]] = {}
     offset = parts.data_start
     for wire in wires:
-        name = f"{where}: {quote(wire.name)}"
+        name = _Label(where, wire.name)
         if wire.name in tensors:
             raise _invalid(f"{name} occurs twice")
         dtype = datatypes.NUMPY.get(wire.datatype)
@@ -279,7 +319,7 @@ def _tensors(where: str, wires: Iterable[_Tensor], parts: _Parts) -> dict[str, N
 
 
 def _from_frame(
-    name: str, wire: _Tensor, dtype: numpy.dtype[Any], frame: memoryview, offset: int
+    name: _Label, wire: _Tensor, dtype: numpy.dtype[Any], frame: memoryview, offset: int
 ) -> NDArray[Any]:
     size = wire.parameters.get(_BINARY_SIZE)
     if wire.data is not msgspec.UNSET or not isinstance(size, int) or isinstance(size, bool):
@@ -304,7 +344,7 @@ def _from_frame(
     return numpy.frombuffer(frame, dtype, count, offset).reshape(wire.shape)
 
 
-def _from_json(name: str, wire: _Tensor, dtype: numpy.dtype[Any]) -> NDArray[Any]:
+def _from_json(name: _Label, wire: _Tensor, dtype: numpy.dtype[Any]) -> NDArray[Any]:
     if wire.data is msgspec.UNSET or _BINARY_SIZE in wire.parameters:
         raise _invalid(
             f"{name}: in a text frame a tensor has 'data', a flat or nested list of its values, "
@@ -378,18 +418,60 @@ def encode_request(request: Request) -> bytes:
     return _encode(header, "inputs", request.inputs, binary=request.binary)
 
 
+def encode_cancel(request_id: str) -> bytes:
+    """The UTF-8 of a text frame that cancels the request of this id."""
+    return _json({"cancel": {"id": request_id}})
+
+
 def encode_response(response: Response, *, binary: bool) -> bytes:
     """One message, binary or the UTF-8 of a text frame.
 
     Raises ProtocolError for NaN and infinities in text, which JSON cannot carry.
     """
-    header: dict[str, Any] = {
-        "id": response.id,
-        "model_name": response.model_name,
-        "model_version": response.model_version,
-        "parameters": response.parameters,
+    if not binary:
+        header: dict[str, Any] = {
+            "id": response.id,
+            "model_name": response.model_name,
+            "model_version": response.model_version,
+            "parameters": response.parameters,
+        }
+        return _encode(header, "outputs", response.outputs, binary=False)
+    arrays = [_on_wire(f"outputs: {name}", array) for name, array in response.outputs.items()]
+    rest = _rest_of_header(
+        response.model_name,
+        response.model_version,
+        tuple(response.parameters.items()),
+        tuple(response.outputs),
+        tuple([(array.shape, array.dtype) for array in arrays]),
+    )
+    return _framed(b'{"id":' + _json(response.id) + rest, arrays)
+
+
+@functools.lru_cache(maxsize=256)
+def _rest_of_header(
+    model_name: str,
+    model_version: str,
+    parameters: tuple[tuple[str, Scalar], ...],
+    names: tuple[str, ...],
+    kinds: "tuple[tuple[tuple[int, ...], numpy.dtype[Any]], ...]",
+) -> bytes:
+    """The header of a binary reply, from behind its id on: the same for most of them."""
+    outputs = [
+        {
+            "name": name,
+            "shape": shape,
+            "datatype": datatypes.name_of(dtype),
+            "parameters": {_BINARY_SIZE: math.prod(shape) * dtype.itemsize},
+        }
+        for name, (shape, dtype) in zip(names, kinds, strict=True)
+    ]
+    header = {
+        "model_name": model_name,
+        "model_version": model_version,
+        "parameters": dict(parameters),
+        "outputs": outputs,
     }
-    return _encode(header, "outputs", response.outputs, binary=binary)
+    return b"," + _json(header)[1:]
 
 
 def encode_failure(failure: Failure, *, binary: bool) -> bytes:
@@ -423,6 +505,8 @@ def _encode(
 
 
 def _on_wire(name: str, array: NDArray[Any]) -> NDArray[Any]:
+    if array.dtype in _WIRE_DTYPES and array.ndim and array.flags.c_contiguous:
+        return array
     try:
         dtype = datatypes.NUMPY[datatypes.name_of(array.dtype)]
     except ValueError as error:
@@ -437,7 +521,7 @@ def _values(name: str, array: NDArray[Any]) -> list[Any]:
     return values
 
 
-def _json(header: dict[str, Any]) -> bytes:
+def _json(header: dict[str, Any] | str | None) -> bytes:
     try:
         return _encoder.encode(header)
     except UnicodeError as error:  # an unpaired surrogate in a name of the caller's
@@ -445,15 +529,15 @@ def _json(header: dict[str, Any]) -> bytes:
 
 
 def _frame(header: dict[str, Any], arrays: Iterable[NDArray[Any]]) -> bytes:
-    encoded = _json(header)
-    spaces = b" " * (-(_HEADER_LENGTH.size + len(encoded)) % _ALIGNMENT)
-    pieces: list[bytes | memoryview] = [
-        _HEADER_LENGTH.pack(len(encoded) + len(spaces)),
-        encoded,
-        spaces,
-    ]
+    return _framed(_json(header), arrays)
+
+
+def _framed(header: bytes, arrays: Iterable[NDArray[Any]]) -> bytes:
+    spaces = -(_HEADER_LENGTH.size + len(header)) % _ALIGNMENT
+    pieces: list[Any] = [_HEADER_LENGTH.pack(len(header) + spaces), header, _SPACES[:spaces]]
     for array in arrays:
-        # Views: the join below is the only copy.
-        pieces.append(array.reshape(-1).view("u1").data)
-        pieces.append(_PADDING[: -array.nbytes % _ALIGNMENT])
+        # Buffers: the join below is the only copy.
+        pieces.append(array)
+        if padding := -array.nbytes % _ALIGNMENT:
+            pieces.append(_PADDING[:padding])
     return b"".join(pieces)

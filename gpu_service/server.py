@@ -8,6 +8,7 @@ import asyncio
 import email.utils
 import enum
 import http
+import logging
 import os
 import platform
 import resource
@@ -17,34 +18,31 @@ import sys
 from collections.abc import Callable, Sequence
 
 import uvloop
-from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.datastructures import Headers
 from websockets.exceptions import NegotiationError
-from websockets.frames import CloseCode
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response as HttpResponse
+from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from gpu_service import __version__, logs, routes
+from gpu_service.batching import PRIORITIES
 from gpu_service.bundle import BundleError
-from gpu_service.dispatch import Dispatcher, Engine, StartupError
+from gpu_service.dispatch import BrokenError, Dispatcher, Engine, StartupError
 from gpu_service.metrics import Metrics
 from gpu_service.notify import Notifier
 from gpu_service.protocol import SUBPROTOCOL, ErrorCode
 from gpu_service.service import InFlight, Service
-from gpu_service.session import Connection, Session
+from gpu_service.session import Limits, Session
 from gpu_service.settings import Settings
+
+_websockets_logger = logging.getLogger("websockets.server")
 
 _SERVER_HEADER = f"gpu-service/{__version__}"
 
 # A burst of connects, such as all clients of a worker that was restarted, waits in the kernel.
 _BACKLOG = 4096
 
-# Frames that are read ahead of a connection's handler before its socket is not read any more.
-_READ_AHEAD_FRAMES = 16
-
-_OPEN_TIMEOUT_S = 10.0
-_CLOSE_TIMEOUT_S = 5.0
 _ENGINE_STOP_TIMEOUT_S = 2.0
 _RETRY_AFTER_S = "1"
 
@@ -85,7 +83,8 @@ class InferenceServer:
     ) -> None:
         self._settings = settings
         self._state = State.STARTING
-        self._sessions: set[Session] = set()
+        self.broken = asyncio.Event()  # set when the device was found to fail for good
+        self._sessions: set[Session] = set()  # those that are WebSockets
         self._metrics = Metrics(max_batch=settings.max_batch)
         self._metrics.describe(
             build={
@@ -101,7 +100,11 @@ class InferenceServer:
             queued_samples=lambda: dispatcher.queued_samples,
         )
         self._service = Service(
-            model=engine.model, dispatcher=dispatcher, metrics=self._metrics, worker=worker
+            model=engine.model,
+            dispatcher=dispatcher,
+            metrics=self._metrics,
+            worker=worker,
+            on_broken=self._on_broken,
         )
         self._routes = routes.Routes(
             model=engine.model,
@@ -111,11 +114,25 @@ class InferenceServer:
                 "extensions": ["binary_tensor_data"],
                 "worker": worker,
                 "deployment": settings.deployment,
+                "limits": {
+                    "max_batch": settings.max_batch,
+                    "max_in_flight_per_connection": settings.max_in_flight_per_connection,
+                    "max_message_bytes": settings.max_message_bytes,
+                    "priorities": [PRIORITIES[0], PRIORITIES[-1]],
+                },
             },
-            is_ready=lambda: self._state is State.READY,
+            is_ready=lambda: self._state is State.READY and not self.broken.is_set(),
             metrics=self._metrics.exposition,
         )
-        self._listening: Server | None = None
+        self._limits = Limits(
+            max_in_flight=settings.max_in_flight_per_connection,
+            max_message_bytes=settings.max_message_bytes,
+            ping_interval_s=settings.ping_interval_s,
+            ping_timeout_s=settings.ping_timeout_s,
+        )
+        self._listening: asyncio.Server | None = None
+        self._connections: set[Session] = set()  # whatever they are or become
+        self._fewer_connections = asyncio.Event()
 
     @property
     def state(self) -> State:
@@ -124,27 +141,10 @@ class InferenceServer:
 
     async def start(self, listener: socket.socket) -> None:
         """Listen on the bound socket `listener`, which the server owns from here on."""
-        settings = self._settings
-        self._listening = await serve(
-            self._handle,
-            sock=listener,
-            backlog=_BACKLOG,
-            create_connection=Connection,
-            process_request=self._process_request,
-            select_subprotocol=_select_subprotocol,
-            subprotocols=[Subprotocol(SUBPROTOCOL)],
-            server_header=_SERVER_HEADER,
-            # Tensors do not shrink, and it would cost 50 KiB a connection.
-            compression=None,
-            open_timeout=_OPEN_TIMEOUT_S,
-            close_timeout=_CLOSE_TIMEOUT_S,
-            ping_interval=settings.ping_interval_s,
-            ping_timeout=settings.ping_timeout_s,
-            max_size=settings.max_message_bytes,
-            max_queue=_READ_AHEAD_FRAMES,
-        )
+        loop = asyncio.get_running_loop()
+        self._listening = await loop.create_server(self._session, sock=listener, backlog=_BACKLOG)
         self._move(State.READY)
-        self._metrics.ready.set(1)
+        self._metrics.ready.value = 1
 
     async def drain(self) -> None:
         """Stop for good, without losing a request that was taken.
@@ -154,15 +154,18 @@ class InferenceServer:
         """
         assert self._listening is not None, "start() comes first"
         self._move(State.DRAINING)
-        self._metrics.ready.set(0)
-        self._listening.close(close_connections=False)
+        self._metrics.ready.value = 0
+        self._listening.close()
+        for session in list(self._sessions):
+            session.drain()
         try:
             async with asyncio.timeout(self._settings.drain_timeout_s):
-                await asyncio.gather(*(session.drain() for session in self._sessions))
-                await self._listening.wait_closed()
+                while self._connections:
+                    self._fewer_connections.clear()
+                    await self._fewer_connections.wait()
         except TimeoutError:
             logs.warning("drain_timed_out", connections_cut_off=len(self._sessions))
-            for session in self._sessions:
+            for session in list(self._connections):
                 session.abort()
         self._move(State.STOPPED)
 
@@ -171,56 +174,79 @@ class InferenceServer:
             raise RuntimeError(f"a server cannot go from {self._state.name} to {to.name}")
         self._state = to
 
-    async def _handle(self, connection: ServerConnection) -> None:
-        assert isinstance(connection, Connection)
-        # Checked when the handshake came, too, but many may have been under way at once.
-        if self._state is not State.READY:
-            self._metrics.connections_refused.inc()
-            await connection.close(CloseCode.SERVICE_RESTART, "worker restarts: reconnect")
-            return
-        if self._is_full():
-            self._metrics.connections_refused.inc()
-            await connection.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
-            return
-        session = Session(
-            connection,
-            service=self._service,
-            max_in_flight=self._settings.max_in_flight_per_connection,
+    def _on_broken(self, error: BrokenError) -> None:
+        logs.error("device_broken", reason=str(error), cause=error.__cause__)
+        self._metrics.ready.value = 0
+        self.broken.set()
+
+    def _session(self) -> Session:
+        core = ServerProtocol(
+            # Without extensions, so without compression: tensors do not shrink, and it would
+            # cost 50 KiB a connection.
+            subprotocols=[Subprotocol(SUBPROTOCOL)],
+            select_subprotocol=_select_subprotocol,
+            max_size=self._settings.max_message_bytes,
+            logger=_websockets_logger,
         )
-        self._sessions.add(session)
-        self._metrics.connections.inc()
-        self._metrics.connections_opened.inc()
-        try:
-            await session.run()
-        finally:
-            self._sessions.discard(session)
-            self._metrics.connections.dec()
+        return Session(host=self, service=self._service, core=core, limits=self._limits)
 
     def _is_full(self) -> bool:
         return len(self._sessions) >= self._settings.max_connections
 
-    def _process_request(
-        self, connection: ServerConnection, request: HttpRequest
-    ) -> HttpResponse | None:
-        wanted = ",".join(request.headers.get_all("Upgrade")).lower()
-        answer = self._routes.answer(request.path, upgrade="websocket" in wanted)
+    # ------------------------------------------------------------------ session.Host
+
+    def connected(self, session: Session) -> None:
+        """A TCP connection is there."""
+        self._connections.add(session)
+
+    def opened(self, session: Session) -> None:
+        """It has become a WebSocket."""
+        self._sessions.add(session)
+        self._metrics.connections.inc()
+        self._metrics.connections_opened.inc()
+
+    def lost(self, session: Session) -> None:
+        """The TCP connection is gone."""
+        self._connections.discard(session)
+        self._fewer_connections.set()
+        if session in self._sessions:
+            self._sessions.discard(session)
+            self._metrics.connections.dec()
+
+    def respond(self, request: HttpRequest, core: ServerProtocol) -> HttpResponse:
+        """The answer to a handshake or to a plain HTTP request."""
+        response = self._http(request) or core.accept(request)
+        response.headers["Server"] = _SERVER_HEADER
+        return response
+
+    def _http(self, request: HttpRequest) -> HttpResponse | None:
+        """What there is to say instead of a handshake."""
+        wants_websocket = "websocket" in ",".join(request.headers.get_all("Upgrade")).lower()
+        answer = self._routes.answer(request.path, upgrade=wants_websocket)
         if answer is not None:
             if request.method not in ("GET", "HEAD"):
                 answer = routes.refusal(
                     405, ErrorCode.INVALID_ARGUMENT, f"{request.method} is not allowed here"
                 )
             return _http_response(answer, with_body=request.method != "HEAD")
-        if "websocket" in wanted and self._is_full():
-            self._metrics.connections_refused.inc()
-            refusal = routes.refusal(503, ErrorCode.UNAVAILABLE, "too many connections")
-            return _http_response(refusal)
-        return None
+        if not wants_websocket:
+            return None
+        problem = None
+        if self._state is not State.READY:
+            problem = "the worker restarts"
+        elif self._is_full():
+            problem = "too many connections"
+        if problem is None:
+            return None
+        self._metrics.connections_refused.inc()
+        return _http_response(routes.refusal(503, ErrorCode.UNAVAILABLE, problem))
 
 
 def run(settings: Settings, *, open_engine: Callable[[Settings], Engine]) -> int:
-    """Serve until SIGTERM or SIGINT; the exit code of the process.
+    """Serve until SIGTERM or SIGINT, or until the device fails; the exit code of the process.
 
-    `open_engine` is called on the inference thread. Failures to start are logged, and are 1.
+    `open_engine` is called on the inference thread. Failures to
+    start are logged, and are 1, as a device that fails for good: a service manager restarts it.
     """
     logs.configure()
     try:
@@ -239,13 +265,13 @@ def run(settings: Settings, *, open_engine: Callable[[Settings], Engine]) -> int
         logs.error("start_failed", reason=f"{type(error).__name__}: {error}", cause=error)
         return 1
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_live(settings, engine, dispatcher, listener))
+        code = runner.run(_live(settings, engine, dispatcher, listener))
     if not dispatcher.close(timeout_s=_ENGINE_STOP_TIMEOUT_S):
         # Left to itself, the interpreter would wait for, or crash on, what hangs in there.
         logs.warning("engine_hangs", action="left behind")
         sys.stderr.flush()
-        os._exit(0)
-    return 0
+        os._exit(code)
+    return code
 
 
 async def _live(
@@ -253,7 +279,8 @@ async def _live(
     engine: Engine,
     dispatcher: Dispatcher[InFlight],
     listener: socket.socket,
-) -> None:
+) -> int:
+    """Serve until told to stop, or until the device fails for good: 0 and 1 as exit codes."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -268,13 +295,17 @@ async def _live(
     logs.info("ready", host=host, port=port, worker=worker, model=model, pid=os.getpid())
     _notify(notifier, "READY=1", f"STATUS=serving {model} on {host}:{port}")
 
-    await stop.wait()
+    waiting = [asyncio.create_task(event.wait()) for event in (stop, server.broken)]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for task in waiting:
+        task.cancel()
 
     logs.info("draining")
     _notify(notifier, "STOPPING=1", "STATUS=draining")
     await server.drain()
     watchdog.cancel()
     logs.info("stopped")
+    return 1 if server.broken.is_set() else 0
 
 
 async def _feed_watchdog(notifier: Notifier, dispatcher: Dispatcher[InFlight]) -> None:
@@ -335,9 +366,7 @@ def _raise_descriptor_limit(max_connections: int) -> None:
         )
 
 
-def _select_subprotocol(
-    connection: ServerConnection, offered: Sequence[Subprotocol]
-) -> Subprotocol | None:
+def _select_subprotocol(core: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
     # Optional for clients, but who asks for another version must not be misunderstood.
     if not offered or SUBPROTOCOL in offered:
         return Subprotocol(SUBPROTOCOL) if offered else None

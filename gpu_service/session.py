@@ -1,143 +1,406 @@
 """One client's connection: reads requests, writes replies, bounds both.
 
-Owns the connection's two tasks (the handler reads, another writes) and everything that its
-client has not been answered yet. All on the event loop. What is bounded: messages taken and
-not answered, answered meaning that the reply went through flow control. A client that does
-not read its replies is therefore not read either, until the keepalive closes it.
+An asyncio.Protocol around websockets' sans-I/O core; owns the transport, the one timer that is
+due next, and everything that its client has not been answered yet. All on the event loop, no
+tasks. The core judges all that is not a plain whole message, which is taken directly.
+
+What is bounded: messages taken and not answered, answered meaning that the reply left the
+transport's buffer below its limit. A client that does not read its replies is therefore not
+read either, until the keepalive closes it.
 """
 
 import asyncio
-import collections
+import os
+import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Protocol, cast
 
-from websockets.asyncio.server import ServerConnection
-from websockets.exceptions import ConnectionClosed
-from websockets.frames import CloseCode
+import msgspec
+from websockets.frames import CloseCode, Frame, Opcode
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response as HttpResponse
+from websockets.protocol import CONNECTING, OPEN
+from websockets.server import ServerProtocol
 
 from gpu_service.batching import Ticket
 from gpu_service.service import InFlight, Service
 
+try:
+    from websockets.speedups import apply_mask
+except ImportError:  # websockets was built without its C extension
+    from websockets.utils import apply_mask
 
-class Connection(ServerConnection):
-    """websockets' connection, which also says when it is lost.
+# Answers that may wait in this process for a slow reader before it is not read any more.
+_WRITE_LIMIT_BYTES = 65536
 
-    A handler that waits for the device would notice only later, and the device would work for
-    nobody.
-    """
+_OPEN_TIMEOUT_S = 10.0
+_CLOSE_TIMEOUT_S = 5.0
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.on_lost: Callable[[], None] | None = None
+# A frame's first two bytes (RFC 6455, 5.2): final, no extension; masked, as from a client.
+_WHOLE_TEXT = 0x81
+_WHOLE_BINARY = 0x82
+_MASKED = 0x80
+_LENGTH = 0x7F
+_LENGTH_IN_2 = 126
+_LENGTH_IN_8 = 127
+_LONGEST_HEAD = 14
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the event loop."""
-        super().connection_lost(exc)
-        if self.on_lost is not None:
-            self.on_lost()
-            self.on_lost = None  # it refers back to this object
+_END_OF_REQUEST = b"\r\n\r\n"
+
+_HEAD_2 = struct.Struct(">BBH")
+_HEAD_8 = struct.Struct(">BBQ")
+
+# Up to here a copy is cheaper than a second piece to write.
+_JOINED_BYTES = 16384
 
 
-class Session:
-    """Serves one open connection; a `service.Caller`."""
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What one connection may do."""
 
-    def __init__(self, connection: Connection, *, service: Service, max_in_flight: int) -> None:
-        self._connection = connection
+    max_in_flight: int
+    max_message_bytes: int
+    ping_interval_s: float
+    ping_timeout_s: float
+
+
+class Host(Protocol):
+    """The server, as its connections see it."""
+
+    def respond(self, request: HttpRequest, core: ServerProtocol) -> HttpResponse:
+        """The answer to a handshake or to a plain HTTP request."""
+
+    def connected(self, session: "Session") -> None:
+        """A TCP connection is there."""
+
+    def opened(self, session: "Session") -> None:
+        """It has become a WebSocket."""
+
+    def lost(self, session: "Session") -> None:
+        """The TCP connection is gone."""
+
+
+class Session(asyncio.Protocol):
+    """Serves one connection; a `service.Caller`."""
+
+    def __init__(
+        self, *, host: Host, service: Service, core: ServerProtocol, limits: Limits
+    ) -> None:
+        self._host = host
         self._service = service
-        self._max_in_flight = max_in_flight
-        self._unanswered = 0  # messages taken whose reply is not written yet
-        self._tickets: set[Ticket[InFlight]] = set()  # those of them that wait for the device
-        self._ids: set[str] = set()
-        self._outbox: collections.deque[tuple[bytes, bool]] = collections.deque()
-        self._mail = asyncio.Event()  # something is in the outbox
-        self._written = asyncio.Event()  # fewer are unanswered
-        self._draining = False
+        self._core = core
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_open = False
         self._is_lost = False
+        self._draining = False
+        # Reading.
+        self._unread = b""  # came, but was not looked at: less than a frame's head, or paused
+        self._owed = 0  # bytes of a frame whose beginning the core has
+        self._request_tail = b""  # of what there is of the HTTP request
+        self._is_closing = False
+        self._message: bytearray | None = None  # the fragments so far of a message
+        self._message_is_text = False
+        self._reading_paused = False
+        self._ping: bytes | None = None  # the payload of a ping that is not answered
+        # Writing.
+        self._writing_paused = False
+        self._unanswered = 0  # messages taken whose reply is not written yet
+        self._held = 0  # those of them whose reply waits in the transport
+        self._tickets: dict[Ticket[InFlight], None] = {}  # those that wait for the device
+        self._ids: dict[str, Ticket[InFlight]] = {}
 
-    async def run(self) -> None:
-        """Serve until the connection is closed, by whomever."""
-        self._connection.on_lost = self._lost
-        try:
-            async with asyncio.TaskGroup() as group:
-                writer = group.create_task(self._write())
-                await self._read()
-                writer.cancel()
-        finally:
-            self._lost()
-
-    async def drain(self) -> None:
+    def drain(self) -> None:
         """Take no more, answer what was taken, close with 1012.
 
         Messages that arrive meanwhile are dropped unanswered: after a 1012 a client sends
         what was not answered again, to the worker that its next connection reaches.
         """
         self._draining = True
-        while self._unanswered and not self._is_lost:
-            self._written.clear()
-            await self._written.wait()
-        await self._connection.close(
-            CloseCode.SERVICE_RESTART, "worker restarts: reconnect, resend what was not answered"
-        )
+        self._settle()
+
+    def close(self, code: CloseCode, reason: str) -> None:
+        """Begin the closing handshake; without an answer the connection is cut off."""
+        if self._core.state is OPEN:
+            self._core.send_close(code, reason)
+            self._flush()
 
     def abort(self) -> None:
         """Cut the connection off."""
-        self._connection.transport.abort()
+        self._transport.abort()
 
     # ------------------------------------------------------------------ service.Caller
 
-    def has_in_flight(self, request_id: str) -> bool:
-        """Whether a request of this id waits for the device."""
-        return request_id in self._ids
+    def in_flight(self, request_id: str) -> Ticket[InFlight] | None:
+        """The request of this id that waits for the device."""
+        return self._ids.get(request_id)
 
     def answer(self, payload: bytes, *, binary: bool, ticket: Ticket[InFlight] | None) -> None:
-        """Have a reply written."""
+        """Write a reply."""
         if ticket is not None:
-            self._tickets.discard(ticket)
-            self._ids.discard(ticket.payload.request.id or "")
-        self._outbox.append((payload, binary))
-        self._mail.set()
+            self._forget(ticket)
+        if self._core.state is OPEN:
+            self._write(payload, _WHOLE_BINARY if binary else _WHOLE_TEXT)
+        if self._writing_paused:
+            self._held += 1
+        else:
+            self.no_answer()
 
-    # ------------------------------------------------------------------ tasks and callbacks
+    def no_answer(self) -> None:
+        """One message less waits for an answer."""
+        self._unanswered -= 1
+        if self._reading_paused or self._draining:
+            self._settle()
 
-    async def _read(self) -> None:
-        try:
-            while True:
-                while self._unanswered >= self._max_in_flight and not self._is_lost:
-                    self._written.clear()
-                    await self._written.wait()
-                message = await self._connection.recv()
-                if not self._draining:
-                    self._take(message)
-        except ConnectionClosed:
-            pass  # also the normal end
+    # ------------------------------------------------------------------ asyncio.Protocol
 
-    def _take(self, message: str | bytes) -> None:
-        self._unanswered += 1
-        ticket = self._service.receive(message, self)
-        if ticket is not None:
-            self._tickets.add(ticket)
-            if ticket.payload.request.id is not None:
-                self._ids.add(ticket.payload.request.id)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the event loop."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's do not inherit from it
+        self._transport.set_write_buffer_limits(high=_WRITE_LIMIT_BYTES)
+        self._set_timer(_OPEN_TIMEOUT_S, self._transport.abort)
+        self._host.connected(self)
 
-    async def _write(self) -> None:
-        try:
-            while True:
-                await self._mail.wait()
-                self._mail.clear()
-                while self._outbox:
-                    payload, binary = self._outbox.popleft()
-                    await self._connection.send(payload, text=not binary)
-                    self._unanswered -= 1
-                    self._written.set()
-        except ConnectionClosed:
-            pass  # the reader sees it, too
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        self._unread = self._unread + data if self._unread else data
+        self._advance()
 
-    def _lost(self) -> None:
-        if self._is_lost:
-            return
+    def eof_received(self) -> None:
+        """Called by the event loop; the transport is closed after it."""
+        self._core.receive_eof()
+        self._flush()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
         self._is_lost = True
+        self._core.receive_eof()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None  # it refers back to this object
         for ticket in self._tickets:
             self._service.cancel(ticket)
         self._tickets.clear()
-        self._outbox.clear()
-        self._written.set()
+        self._ids.clear()
+        self._unread = b""
+        self._host.lost(self)
+
+    def pause_writing(self) -> None:
+        """Called by the event loop: the client does not read as fast as it asks."""
+        self._writing_paused = True
+
+    def resume_writing(self) -> None:
+        """Called by the event loop."""
+        self._writing_paused = False
+        self._unanswered -= self._held
+        self._held = 0
+        self._settle()
+
+    # ------------------------------------------------------------------ reading
+
+    def _advance(self) -> None:
+        """Look at what came, frame by frame, until it is at an end or too much is unanswered."""
+        data, at = self._unread, 0
+        self._unread = b""
+        while at < len(data):
+            if self._core.state is CONNECTING:
+                end = at + self._rest_of_request(data[at:])
+                self._feed(data[at:end])
+                at = end
+                continue
+            if self._core.state is not OPEN:
+                self._feed(data[at:])
+                return
+            if self._unanswered >= self._limits.max_in_flight:
+                self._pause_reading()
+                self._unread = data[at:]
+                return
+            if self._owed:
+                end = min(at + self._owed, len(data))
+                self._owed -= end - at
+                self._feed(data[at:end])
+                at = end
+                continue
+            first, head, length = _frame_head(data, at)
+            if head == 0:
+                self._unread = data[at:]
+                return
+            start, end = at + head, at + head + length
+            if (
+                first in (_WHOLE_BINARY, _WHOLE_TEXT)
+                and end <= len(data)
+                and data[at + 1] & _MASKED
+                and length <= self._limits.max_message_bytes
+                and self._message is None
+            ):
+                payload = apply_mask(data[start:end], data[start - 4 : start])
+                self._take(payload, is_text=first == _WHOLE_TEXT)
+                at = end
+            else:
+                self._owed = max(0, end - len(data))
+                self._feed(data[at:end])
+                at = end
+
+    def _rest_of_request(self, data: bytes) -> int:
+        """How many bytes of `data` belong to the HTTP request: frames may follow at once."""
+        seen = self._request_tail + data
+        end = seen.find(_END_OF_REQUEST)
+        self._request_tail = seen[-len(_END_OF_REQUEST) + 1 :]
+        if end < 0:
+            return len(data)
+        return end + len(_END_OF_REQUEST) - (len(seen) - len(data))
+
+    def _feed(self, data: bytes) -> None:
+        """Have the core judge it, and do what it says."""
+        self._core.receive_data(data)
+        for event in self._core.events_received():
+            if isinstance(event, Frame):
+                self._on_frame(event)
+            else:
+                assert isinstance(event, HttpRequest)
+                self._on_request(event)
+        self._flush()
+
+    def _on_request(self, request: HttpRequest) -> None:
+        self._core.send_response(self._host.respond(request, self._core))
+        if self._core.state is OPEN:
+            self._is_open = True
+            self._set_timer(self._limits.ping_interval_s, self._send_ping)
+            self._host.opened(self)
+
+    def _on_frame(self, frame: Frame) -> None:
+        match frame.opcode:
+            case Opcode.PONG:
+                if self._ping is not None and bytes(frame.data) == self._ping:
+                    self._ping = None
+                    self._set_timer(self._limits.ping_interval_s, self._send_ping)
+            case Opcode.PING if self._writing_paused:
+                self._pause_reading()  # or pongs would pile up
+            case Opcode.TEXT | Opcode.BINARY:
+                self._message = bytearray(frame.data)
+                self._message_is_text = frame.opcode is Opcode.TEXT
+            case Opcode.CONT:
+                assert self._message is not None
+                self._message += frame.data
+        if frame.fin and frame.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
+            message, self._message = self._message, None
+            assert message is not None
+            self._take(bytes(message), is_text=self._message_is_text)
+
+    def _take(self, payload: bytes, *, is_text: bool) -> None:
+        if self._draining or self._core.state is not OPEN:
+            return
+        message: str | bytes = payload
+        if is_text:
+            try:
+                message = payload.decode()
+            except UnicodeDecodeError as error:
+                self._core.fail(CloseCode.INVALID_DATA, f"{error.reason} at {error.start}")
+                self._flush()
+                return
+        self._unanswered += 1
+        ticket = self._service.receive(message, self)
+        if ticket is not None:
+            self._tickets[ticket] = None
+            request_id = ticket.payload.request.id
+            if request_id is not None:
+                self._ids[request_id] = ticket
+
+    def _forget(self, ticket: Ticket[InFlight]) -> None:
+        self._tickets.pop(ticket, None)
+        request_id = ticket.payload.request.id
+        if request_id is not None:
+            self._ids.pop(request_id, None)
+
+    def _pause_reading(self) -> None:
+        if not self._reading_paused and not self._is_lost:
+            self._reading_paused = True
+            self._transport.pause_reading()
+
+    def _settle(self) -> None:
+        """Fewer are unanswered: go on with what waited for that."""
+        if self._is_lost:
+            return
+        if self._draining and self._unanswered == 0 and self._is_open:
+            reason = "worker restarts: reconnect, resend what was not answered"
+            self.close(CloseCode.SERVICE_RESTART, reason)
+        if self._reading_paused and (
+            self._unanswered < self._limits.max_in_flight and not self._writing_paused
+        ):
+            self._reading_paused = False
+            self._transport.resume_reading()
+            self._advance()
+
+    # ------------------------------------------------------------------ writing and timers
+
+    def _write(self, payload: bytes, first: int) -> None:
+        length = len(payload)
+        if length < _LENGTH_IN_2:
+            head = bytes((first, length))
+        elif length < 1 << 16:
+            head = _HEAD_2.pack(first, _LENGTH_IN_2, length)
+        else:
+            head = _HEAD_8.pack(first, _LENGTH_IN_8, length)
+        if length <= _JOINED_BYTES:
+            self._transport.write(head + payload)
+        else:
+            self._transport.writelines((head, payload))
+
+    def _flush(self) -> None:
+        """Send what the core has to say, and see that a connection that it ends does end."""
+        for data in self._core.data_to_send():
+            if self._is_lost:
+                continue
+            if data:
+                self._transport.write(data)
+            elif self._transport.can_write_eof():
+                self._transport.write_eof()
+        if self._core.close_expected() and not self._is_lost and not self._is_closing:
+            self._is_closing = True
+            if self._reading_paused:
+                # Its answer to the close has to be seen; what else comes is dropped.
+                self._reading_paused = False
+                self._transport.resume_reading()
+            self._set_timer(_CLOSE_TIMEOUT_S, self._transport.abort)
+
+    def _set_timer(self, delay_s: float, due: Callable[[], None]) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(delay_s, due)
+
+    def _send_ping(self) -> None:
+        self._ping = os.urandom(4)
+        self._core.send_ping(self._ping)
+        self._flush()
+        self._set_timer(self._limits.ping_timeout_s, self._no_pong)
+
+    def _no_pong(self) -> None:
+        if self._reading_paused and not self._writing_paused:
+            # It is not read because its requests wait for the device: its pong may be there.
+            self._set_timer(self._limits.ping_timeout_s, self._no_pong)
+            return
+        self._core.fail(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
+        self._flush()
+
+
+def _frame_head(data: bytes, at: int) -> tuple[int, int, int]:
+    """First byte, bytes of the head and of the payload of the frame at `at`.
+
+    The head is 0 if it is not all there. Without a mask the frame will be refused, so all that
+    is there counts as its head.
+    """
+    have = len(data) - at
+    if have < 2:
+        return 0, 0, 0
+    if not data[at + 1] & _MASKED:
+        return data[at], have, 0
+    length = data[at + 1] & _LENGTH
+    head = 6
+    if length == _LENGTH_IN_2:
+        head = 8
+        length = data[at + 2] << 8 | data[at + 3] if have >= 4 else 0
+    elif length == _LENGTH_IN_8:
+        head = _LONGEST_HEAD
+        length = int.from_bytes(data[at + 2 : at + 10])
+    return (data[at], head, length) if have >= head else (0, 0, 0)

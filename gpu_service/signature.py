@@ -36,6 +36,40 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class Fit:
+    """Says what `samples_in` says of one model, at a fraction of its cost when nothing is wrong."""
+
+    def __init__(self, model: ModelInfo) -> None:
+        self._model = model
+        self._inputs = [
+            (spec.name, datatypes.NUMPY[spec.datatype], spec.shape) for spec in model.inputs
+        ]
+        self._names = (None, model.name)
+        self._versions = (None, model.version)
+
+    def samples_in(self, request: Request) -> int:
+        """The number n of samples in `request`; raises as `samples_in`."""
+        inputs = request.inputs
+        samples = 0
+        if (
+            request.outputs is None
+            and request.model_name in self._names
+            and request.model_version in self._versions
+            and len(inputs) == len(self._inputs)
+        ):
+            for name, dtype, shape in self._inputs:
+                array = inputs.get(name)
+                if array is None or array.dtype != dtype or array.shape[1:] != shape:
+                    break
+                if samples not in (0, array.shape[0]):
+                    break
+                samples = array.shape[0]
+            else:
+                if samples:
+                    return samples
+        return samples_in(request, self._model)
+
+
 def samples_in(request: Request, model: ModelInfo) -> int:
     """The number n of samples in `request`, once it is known to fit `model`.
 

@@ -14,8 +14,8 @@ import numpy
 
 from gpu_service import server, settings
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import BatchOutput, Tensors
-from gpu_service.protocol import Request, encode_request
+from gpu_service.dispatch import BatchOutput, Engine, Tensors
+from gpu_service.protocol import Request, Scalar, encode_request
 from gpu_service.signature import ModelInfo
 
 BOUND_S = 60.0  # of every wait; far longer than any takes
@@ -25,6 +25,7 @@ POISON = 666.0  # the model raises
 NOT_A_NUMBER = 777.0  # the model returns NaN
 WAIT = 888.0  # the model waits at the gate
 HANG = 999.0  # the model never returns
+BREAK = 555.0  # the device fails from here on
 
 MODEL = ModelInfo(
     name="double",
@@ -54,7 +55,7 @@ class Gate:
             assert time.monotonic() < deadline, "nobody opened the gate"
 
 
-class FakeEngine:
+class FakeEngine(Engine):
     """y = 2x, unless x is one of the values above. An `Engine`."""
 
     model = MODEL
@@ -62,7 +63,12 @@ class FakeEngine:
 
     def __init__(self, gate: Gate | None = None) -> None:
         self.gate = gate or Gate()
+        self.is_broken = False
         self.seen: list[float] = []  # the first value of each request
+
+    def check(self) -> None:
+        if self.is_broken:
+            raise RuntimeError("out of order")
 
     def run(self, requests: Sequence[Tensors]) -> BatchOutput:
         self.seen += [float(inputs["x"][0, 0]) for inputs in requests]
@@ -71,6 +77,8 @@ class FakeEngine:
             self.gate.wait()
         if (x == HANG).any():
             threading.Event().wait()
+        self.is_broken |= bool((x == BREAK).any())
+        self.check()
         if (x == POISON).any():
             raise RuntimeError("poisoned")
         y = 2 * x
@@ -83,9 +91,9 @@ def x_of(*values: float) -> dict[str, numpy.ndarray]:
     return {"x": numpy.array([[value, 0.5, -1] for value in values], "<f4")}
 
 
-def frame(*values: float, id: str | None = "1") -> bytes:  # noqa: A002 - as on the wire
+def frame(*values: float, id: str | None = "1", **parameters: Scalar) -> bytes:  # noqa: A002
     """A binary request of these first values."""
-    return encode_request(Request(inputs=x_of(*values), id=id))
+    return encode_request(Request(inputs=x_of(*values), id=id, parameters=parameters))
 
 
 def main() -> int:

@@ -377,7 +377,7 @@ async def test_compression_is_declined(worker: Worker) -> None:
 async def test_a_silent_client_is_closed_by_the_keepalive(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpu_service.server._CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("gpu_service.session._CLOSE_TIMEOUT_S", 0.1)
     worker = await start_worker(ping_interval_s=0.1, ping_timeout_s=0.1)
     connection = await worker.connect(ping_interval=None)
     connection.transport.pause_reading()

@@ -159,6 +159,80 @@ def test_tickets_know_when_they_waited(clock: Clock) -> None:
     assert ticket.started_at - ticket.queued_at == 3
 
 
+def test_the_more_urgent_runs_first_and_equals_in_their_order(clock: Clock) -> None:
+    queue = make(clock)
+    for name, priority in (("a", 5), ("b", 0), ("c", 9), ("d", 5), ("e", 9)):
+        queue.offer(name, samples=1, priority=priority)
+        clock.now += 0.01
+    assert payloads(queue.take()) == ["c", "e", "a", "d", "b"]
+
+
+def test_who_has_waited_for_a_second_is_not_overtaken_any_more(clock: Clock) -> None:
+    queue = make(clock, max_batch=2, max_queue=100)
+    queue.offer("low", samples=1, priority=0)
+    rounds = 0
+    while True:
+        for name in ("x", "y"):
+            queue.offer(name, samples=1, priority=9)
+        taken = payloads(queue.take())
+        rounds += 1
+        if "low" in taken:
+            break
+        assert clock.now <= 101
+        clock.now += 0.25
+    assert taken == ["low", "x"]
+    assert rounds == 5
+
+
+def test_of_several_that_waited_too_long_the_oldest_is_first(clock: Clock) -> None:
+    queue = make(clock)
+    for name, priority in (("a", 0), ("b", 3), ("c", 9)):
+        queue.offer(name, samples=1, priority=priority)
+        clock.now += 1.5
+    queue.offer("d", samples=1, priority=9)
+    assert payloads(queue.take()) == ["a", "b", "c", "d"]
+
+
+def test_what_has_expired_is_dropped_and_costs_no_room(clock: Clock) -> None:
+    queue = make(clock, max_batch=2)
+    late = [queue.offer(name, samples=1, timeout_s=1) for name in "ab"]
+    queue.offer("c", samples=1, timeout_s=1.5)
+    queue.offer("d", samples=1)
+    clock.now += 1
+    assert payloads(queue.take()) == ["c", "d"]
+    assert [ticket.state for ticket in late] == [State.EXPIRED, State.EXPIRED]
+    assert queue.samples == 0
+    assert queue.expire(late[0])  # it may be told so, still
+    assert not queue.cancel(late[0])
+
+
+def test_a_queue_of_nothing_but_expired_requests_is_empty(clock: Clock) -> None:
+    queue = make(clock)
+    queue.offer("a", samples=1, timeout_s=1)
+    clock.now += 2
+    assert queue.take() == []
+    assert queue.due_in_s() is None
+
+
+def test_what_has_started_in_time_does_not_expire(clock: Clock) -> None:
+    queue = make(clock)
+    ticket = queue.offer("a", samples=1, timeout_s=1)
+    queue.take()
+    clock.now += 2
+    assert not queue.expire(ticket)
+    assert ticket.state is State.RUNNING
+
+
+def test_batches_are_of_the_size_aimed_at_but_a_large_request_still_runs(clock: Clock) -> None:
+    queue = make(clock, max_batch=8)
+    queue.aim_at(2)
+    for name, samples in (("a", 1), ("b", 1), ("c", 1), ("d", 5)):
+        queue.offer(name, samples=samples)
+    assert payloads(queue.take()) == ["a", "b"]
+    assert payloads(queue.take()) == ["c"]
+    assert payloads(queue.take()) == ["d"]
+
+
 @pytest.mark.parametrize(
     ("way", "to"),
     [

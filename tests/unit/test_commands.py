@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
     [
         ["verify", "--bundle", "/nonexistent", "ws://127.0.0.1:1"],
         ["predict", "ws://127.0.0.1:1", "--image", "/nonexistent.npy"],
+        ["load", "ws://127.0.0.1:1", "--bundle", "/nonexistent"],
         ["settings"],
         ["serve"],
     ],
@@ -24,7 +25,7 @@ def test_only_serving_imports_torch(arguments: list[str]) -> None:
         "import sys\n"
         "from gpu_service.__main__ import main\n"
         f"main({arguments!r})\n"
-        "from gpu_service import client, server, verify, predict\n"
+        "from gpu_service import blocking, client, load, server, verify, predict\n"
         "sys.exit('torch' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
@@ -53,7 +54,20 @@ def test_an_address_where_nothing_listens_is_said(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["predict", "ws://x"], ["predict", "ws://x", "--bundle", "b", "--count", "0"]],
+    [
+        [],
+        ["fly"],
+        ["predict", "ws://x"],
+        ["predict", "ws://x", "--bundle", "b", "--count", "0"],
+        ["verify", "ws://x", "--bundle", "b", "--timeout-s", "0"],
+        ["load", "ws://x"],
+        ["load", "ws://x", "--bundle", "b", "--input", "x=y.npy"],
+        ["load", "ws://x", "--input", "y.npy"],
+        ["load", "ws://x", "--bundle", "b", "--rate", "-1"],
+        ["load", "ws://x", "--bundle", "b", "--duration-s", "nan"],
+        ["load", "ws://x", "--bundle", "b", "--requests", "0"],
+        ["load", "ws://x", "--bundle", "b", "--plot", "plot.png"],
+    ],
 )
 def test_wrong_use_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

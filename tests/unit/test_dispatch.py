@@ -7,8 +7,16 @@ import msgspec
 import numpy
 import pytest
 
+from gpu_service.batching import Ticket
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import BatchOutput, Dispatcher, Engine, FinishedBatch, Tensors
+from gpu_service.dispatch import (
+    BatchOutput,
+    BrokenError,
+    Dispatcher,
+    Engine,
+    FinishedBatch,
+    Tensors,
+)
 from gpu_service.signature import ModelInfo
 
 BOUND_S = 30.0  # of every wait; far longer than any takes
@@ -35,12 +43,21 @@ class Doubling(Engine):
         self.open.set()
         self.running = threading.Event()
         self.error: BaseException = RuntimeError("poisoned")
+        self.is_broken = False
+        self.checks = 0
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.is_broken:
+            raise OSError("out of order")
 
     def run(self, requests: Sequence[Tensors]) -> BatchOutput:
         x = numpy.concatenate([inputs["x"] for inputs in requests])
         self.batches.append(x.tolist())
         self.running.set()
         assert self.open.wait(BOUND_S)
+        if self.is_broken:
+            raise OSError("out of order")
         if (x == 666).any():
             raise self.error
         return BatchOutput(outputs={"y": 2 * x}, infer_s=0.001)
@@ -58,17 +75,29 @@ class Bench:
             lambda: engine, max_batch=4, max_queue=16, max_delay_s=0
         )
         self.dispatcher.open()
-        self.dispatcher.start(self._on_batch)
+        self.expired: list[float] = []
+        self.broken: list[BrokenError] = []
+        self.dispatcher.start(
+            self._on_batch, on_expired=self._on_expired, on_broken=self._on_broken
+        )
 
-    def submit(self, *x: float) -> Any:
+    def submit(self, *x: float, **options: Any) -> Any:
         work = Work({"x": numpy.array(x, "<f4")})
-        return self.dispatcher.submit(work, samples=len(x))
+        return self.dispatcher.submit(work, samples=len(x), **options)
 
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(BOUND_S):
             while not condition():
                 self._changed.clear()
                 await self._changed.wait()
+
+    def _on_expired(self, ticket: Ticket[Work]) -> None:
+        self.expired.append(float(ticket.payload.inputs["x"][0]))
+        self._changed.set()
+
+    def _on_broken(self, error: BrokenError) -> None:
+        self.broken.append(error)
+        self._changed.set()
 
     def _on_batch(self, batch: FinishedBatch[Work]) -> None:
         self.batches.append(batch)
@@ -167,6 +196,61 @@ async def test_a_request_cancelled_while_it_runs_is_not_delivered(bench: Bench) 
     await bench.until(lambda: 2 in bench.results)
     assert bench.results == {2: [4]}
     assert not bench.dispatcher.cancel(ticket)
+
+
+async def test_a_request_whose_time_is_up_is_told_so_while_the_engine_is_busy(
+    bench: Bench,
+) -> None:
+    bench.engine.open.clear()
+    bench.submit(1, timeout_s=0.001)  # it starts at once, and so runs to its end
+    await until_running(bench.engine)
+    bench.submit(2, timeout_s=0.001)
+    bench.submit(3, timeout_s=BOUND_S)
+    await bench.until(lambda: bool(bench.expired))
+    bench.engine.open.set()
+    await bench.until(lambda: len(bench.results) == 2)
+    assert bench.expired == [2]
+    assert bench.results == {1: [2], 3: [6]}
+    assert bench.engine.batches == [[1], [3]]
+    assert not bench.dispatcher._timers  # nothing is held that was answered
+
+
+async def fail_alone(bench: Bench, *keys: float) -> None:
+    for key in keys:
+        bench.submit(key)
+        await bench.until(lambda key=key: key in bench.results)
+
+
+async def test_a_device_that_fails_whatever_it_gets_is_found_broken(bench: Bench) -> None:
+    bench.engine.is_broken = True
+    await fail_alone(bench, 1, 2)
+    assert bench.engine.checks == 0
+    await fail_alone(bench, 3)
+    await bench.until(lambda: bool(bench.broken))
+    assert "the device fails: OSError: out of order" in str(bench.broken[0])
+    ran = len(bench.engine.batches)
+    await fail_alone(bench, 4)
+    assert bench.results[4] is bench.broken[0]
+    assert len(bench.engine.batches) == ran  # it is left alone
+    assert len(bench.broken) == 1
+
+
+async def test_poisoned_requests_do_not_make_a_device_broken(bench: Bench) -> None:
+    for key in range(7):
+        bench.submit(666 - 1000 * key, 666)
+        await bench.until(lambda key=key: 666 - 1000 * key in bench.results)
+    bench.submit(1)
+    await bench.until(lambda: 1 in bench.results)
+    assert bench.results[1] == [2]
+    assert bench.engine.checks == 2
+    assert bench.broken == []
+
+
+async def test_one_success_clears_a_device_of_suspicion(bench: Bench) -> None:
+    for key in (-1, -2, 10, -3, -4, 20):
+        bench.submit(key, 666 if key < 0 else 0)
+        await bench.until(lambda key=key: key in bench.results)
+    assert bench.engine.checks == 0
 
 
 async def test_an_idle_thread_answers_pings_and_a_hanging_one_does_not(bench: Bench) -> None:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from gpu_service.bundle import TensorSpec
 from gpu_service.dispatch import StartupError
-from gpu_service.engine import TorchEngine, buckets, choose_device, configure
+from gpu_service.engine import TorchEngine, buckets, choose_device, configure, good_batch
 from gpu_service.signature import ModelInfo
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this host has no GPU")
@@ -102,7 +102,28 @@ def test_buckets_are_powers_of_two_and_the_largest_batch(max_batch: int, sizes: 
 def test_warm_up_runs_every_bucket() -> None:
     engine, module = make(lambda x: x)
     engine.warm_up()
-    assert module.sizes == [1, 2, 4, 6]
+    assert sorted(set(module.sizes)) == [1, 2, 4, 6]
+    assert engine.good_batch in (1, 2, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "good"),
+    [
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 1),  # time grows with size
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 4),  # it does not at all
+        ({1: 2.0, 2: 2.1, 4: 4.0, 8: 8.1}, 2),  # up to here it pays
+    ],
+)
+def test_a_good_batch_is_the_smallest_that_is_as_fast_as_any(
+    seconds: dict[int, float], good: int
+) -> None:
+    assert good_batch(seconds) == good
+
+
+def test_a_device_is_checked_with_a_sample_of_its_own() -> None:
+    engine, module = make(lambda x: x)
+    engine.check()
+    assert module.sizes == [1]
 
 
 @pytest.mark.parametrize(

@@ -44,3 +44,11 @@ def test_libraries_are_heard_from_warning_up(stream: io.StringIO) -> None:
     logging.getLogger("websockets.server").error("handler %s", "failed")
     (line,) = lines(stream)
     assert (line["logger"], line["event"]) == ("websockets.server", "handler failed")
+
+
+def test_a_rate_limit_counts_what_it_keeps_back() -> None:
+    now = [0.0]
+    limit = logs.RateLimit(most=2, per_s=10, clock=lambda: now[0])
+    assert [limit.admit() for _ in range(5)] == [0, 0, None, None, None]
+    now[0] = 10
+    assert [limit.admit() for _ in range(3)] == [3, 0, None]

@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import numpy
@@ -9,7 +8,7 @@ from gpu_service import predict
 from gpu_service.predict import InputError, Model
 
 INPUT = Model.Input(name="image", datatype="FP32", shape=[-1, 1, 28, 28])
-FILE = Path("some.npy")
+SOURCE = "some.npy"
 
 
 @pytest.mark.parametrize(
@@ -25,10 +24,21 @@ FILE = Path("some.npy")
 )
 def test_one_sample_or_many_are_recognised(shape: tuple[int, ...], samples: int) -> None:
     array = numpy.arange(numpy.prod(shape), dtype="f8").reshape(shape)
-    batch = predict._as_batch(FILE, array, INPUT)
+    batch = predict._as_batch(SOURCE, array, INPUT)
     assert batch.shape == (samples, 1, 28, 28)
     assert batch.dtype == numpy.dtype("<f4")
     assert batch.ravel().tolist() == array.ravel().tolist()
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch_shape"),
+    [((7,), (1, 7)), ((5, 7), (5, 7)), ((5, 0), (5, 0))],
+)
+def test_a_size_may_be_left_open(shape: tuple[int, ...], batch_shape: tuple[int, ...]) -> None:
+    tokens = Model.Input(name="tokens", datatype="INT64", shape=[-1, -1])
+    assert predict._as_batch(SOURCE, numpy.zeros(shape, "i8"), tokens).shape == batch_shape
+    with pytest.raises(InputError, match="the model takes"):
+        predict._as_batch(SOURCE, numpy.zeros((1, 2, 3), "i8"), tokens)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,7 @@ def test_one_sample_or_many_are_recognised(shape: tuple[int, ...], samples: int)
 )
 def test_arrays_that_do_not_fit_are_refused(array: NDArray[Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        predict._as_batch(FILE, array, INPUT)
+        predict._as_batch(SOURCE, array, INPUT)
 
 
 def test_confidence_is_the_softmax_of_the_best() -> None:

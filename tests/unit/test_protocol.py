@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from numpy.typing import NDArray
 
 from gpu_service import datatypes, protocol
-from gpu_service.protocol import ErrorCode, Failure, ProtocolError, Request, Response
+from gpu_service.protocol import Cancel, ErrorCode, Failure, ProtocolError, Request, Response
 
 # How long an example takes says nothing on a machine that does other things, too.
 untimed = settings(deadline=None)
@@ -278,6 +278,16 @@ def test_error_messages_do_not_echo_a_long_message() -> None:
     with pytest.raises(ProtocolError) as caught:
         protocol.decode_request(json.dumps({"inputs": [], "y" * 100_000: 1}))
     assert len(caught.value.message) < 600
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+def test_a_cancellation_survives_the_round_trip(request_id: str) -> None:
+    encoded = protocol.encode_cancel(request_id)
+    assert protocol.decode_message(encoded.decode()) == Cancel(request_id)
+    frame = struct.pack("<I", len(encoded)) + encoded
+    assert protocol.decode_message(frame) == Cancel(request_id)
+    with pytest.raises(ProtocolError, match="not a request"):
+        protocol.decode_request(frame)
 
 
 def test_tensors_are_views_into_the_frame() -> None:

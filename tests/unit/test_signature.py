@@ -30,6 +30,8 @@ def inputs(**changes: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
 def test_the_number_of_samples_is_the_batch_dimension() -> None:
     request = Request(inputs=inputs(), model_name="m", model_version="3", outputs=("y",))
     assert signature.samples_in(request, MODEL) == 4
+    assert signature.Fit(MODEL).samples_in(request) == 4
+    assert signature.Fit(MODEL).samples_in(Request(inputs=inputs())) == 4
 
 
 @pytest.mark.parametrize(
@@ -78,10 +80,11 @@ def test_a_request_that_does_not_fit_is_refused(
     request = Request(
         **{field: getattr(request_, field) for field in request_.__struct_fields__} | {"id": "7"}
     )
-    with pytest.raises(ProtocolError, match=message) as caught:
-        signature.samples_in(request, MODEL)
-    assert caught.value.code is code
-    assert caught.value.request_id == "7"
+    for judge in (lambda it: signature.samples_in(it, MODEL), signature.Fit(MODEL).samples_in):
+        with pytest.raises(ProtocolError, match=message) as caught:
+            judge(request)
+        assert caught.value.code is code
+        assert caught.value.request_id == "7"
 
 
 def test_metadata_shows_the_batch_dimension_and_the_labels() -> None:
