@@ -13,7 +13,7 @@ export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy drift down model wheelhouse test test-unit lint docs lock clean
+.PHONY: help setup deploy drift down model wheelhouse test test-unit bench lint docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,6 +73,10 @@ test: can-host $(READY) lint ## everything, including deploys on lab hosts (root
 
 test-unit: $(READY) ## what needs neither root nor hosts
 	@$(BIN)/python -m pytest -m "not lab"
+
+bench: $(READY) ## the service against the raw forward in the same run (bench/results/)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt
+	@$(BIN)/python -m bench.serving
 
 lint: $(READY) ## ruff and mypy --strict
 	@$(BIN)/ruff check .
