@@ -8,7 +8,14 @@ from numpy.typing import NDArray
 
 from gpu_service.bundle import TensorSpec
 from gpu_service.dispatch import StartupError
-from gpu_service.engine import TorchEngine, buckets, choose_device, configure, good_batch
+from gpu_service.engine import (
+    TorchEngine,
+    _traced,
+    buckets,
+    choose_device,
+    configure,
+    good_batch,
+)
 from gpu_service.signature import ModelInfo
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this host has no GPU")
@@ -196,3 +203,34 @@ def test_float32_is_computed_as_float32_and_the_event_loop_keeps_a_core(
         torch.set_num_threads(before)
     assert not torch.backends.cudnn.allow_tf32
     assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def info(*inputs: TensorSpec) -> ModelInfo:
+    return ModelInfo(name="m", version="1", inputs=inputs, outputs=(Y,))
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(x.shape[0], -1) * 2
+
+
+class ByValue(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class BySize(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.full_like(x, len(x.tolist()))
+
+
+def test_a_traced_network_answers_as_its_module() -> None:
+    traced = _traced(Plain().eval(), info(X), max_batch=4)
+    assert traced is not None
+    x = torch.rand(3, 2)
+    assert torch.equal(traced(x), 2 * x)
+
+
+@pytest.mark.parametrize("module", [ByValue(), BySize()])
+def test_what_depends_on_values_or_sizes_is_not_traced(module: torch.nn.Module) -> None:
+    assert _traced(module.eval(), info(X), max_batch=4) is None
