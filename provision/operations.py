@@ -59,9 +59,8 @@ class ManagedFile:
     """A file that this project owns whole: its bytes, mode and owner."""
 
     path: str
-    content: bytes | Path = field(
-        repr=False
-    )  # a path is a file on the operator's machine, for large ones
+    # A path is a file on the operator's machine, for large ones.
+    content: bytes | Path = field(repr=False)
     mode: str = "644"
     user: str = "root"
     group: str = "root"

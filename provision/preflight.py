@@ -2,8 +2,9 @@
 deploy will need, are checked before the first connection, all problems in one list.
 
 `check_inventory` is the last line of an inventory file, which pyinfra reads before it connects.
-`current_fleet` is what the deploys use; it checks again, now with `--data` overrides, so an
-inventory without that line is refused as well, after connecting but before anything is touched.
+`current_fleet` is what the deploys use; it checks again, so an inventory without that line is
+refused as well, after connecting but before anything is touched. Which wheels a host needs is
+known only when it was asked for its GPUs: `workers.plan` refuses then, still before any change.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +40,16 @@ from provision.settings import (
 ROLLBACK = "rollback"
 SIDES = frozenset({"workers", "gateways"})
 
-# Host data that pyinfra itself reads: how to connect, and its global arguments (`_sudo`, …).
-PYINFRA_KEYS = frozenset(
-    key
-    for connector in get_execution_connectors().values()  # type: ignore[no-untyped-call]
-    for key in connector.data_cls.__annotations__
-) | {name for name, _ in all_global_arguments()}
-
+# Host data that is no setting: how pyinfra connects, and its global arguments (`_sudo`, …).
+FOREIGN_KEYS = (
+    frozenset(
+        key
+        for connector in get_execution_connectors().values()  # type: ignore[no-untyped-call]
+        for key in connector.data_cls.__annotations__
+    )
+    | {name for name, _ in all_global_arguments()}
+    | {ROLLBACK}
+)
 
 # Inventory files that are being read now: reading one executes it again.
 _being_read: set[str] = set()
@@ -62,8 +67,8 @@ class RefusedError(PyinfraError):
 def check_inventory(filename: str) -> None:
     """Check the inventory file that calls this, with its `group_data/`, and end the run if bad.
 
-    The checks of settings always run; those of the bundle, the wheelhouse and the templates
-    only when `deploy.py` is what is being run, so that `pyinfra inventory.py train.py` and
+    The checks of settings always run; those of the bundle and the templates only when
+    `deploy.py` is what is being run, so that `pyinfra inventory.py train.py` and
     `pyinfra inventory.py exec …` work without a bundle.
     """
     if filename in _being_read:
@@ -97,7 +102,10 @@ def load(filename: str) -> tuple[Fleet, Mapping[str, Mapping[str, Any]]]:
         HostInput(name=host["name"], groups=frozenset(host["groups"]), data=host["data"])
         for host in json.loads(result.stdout)
     ]
-    fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=PYINFRA_KEYS)
+    try:
+        fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=FOREIGN_KEYS)
+    except InvalidFleetError as error:
+        raise RefusedError(error.problems) from None
     return fleet, {host.name: host.data for host in hosts}
 
 
@@ -141,13 +149,17 @@ def rollback_sides(host: Any) -> frozenset[str]:
 
 def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
     hosts = [
-        HostInput(name=host.name, groups=frozenset(host.groups), data=_data_of(host))
+        HostInput(
+            name=host.name,
+            groups=frozenset(host.groups),
+            data=host.data.dict(),  # type: ignore[no-untyped-call]
+        )
         for host in inventory
     ]
     problems: list[str] = []
     fleet = None
     try:
-        fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=PYINFRA_KEYS | {ROLLBACK})
+        fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=FOREIGN_KEYS)
     except InvalidFleetError as error:
         problems += error.problems
     if with_files:
@@ -156,10 +168,6 @@ def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
     if problems or fleet is None:
         raise RefusedError(problems)
     return fleet
-
-
-def _data_of(host: Any) -> dict[str, Any]:
-    return dict(host.data.dict())
 
 
 def _resolved(hosts: Iterable[HostInput]) -> dict[str, str]:
@@ -183,15 +191,21 @@ def _bundle_problems(hosts: Iterable[HostInput]) -> list[str]:
     problems = []
     for model in sorted(model for model in models if isinstance(model, str)):
         try:
-            bundle.verify(bundle_folder(model))
+            bundle_folder(model)
         except bundle.BundleError as error:
             problems.append(f"model {model}: {error}")
     return problems
 
 
+@cache
 def bundle_folder(model: str) -> Path:
-    """The folder of the version that `model` (a setting) means. Raises `bundle.BundleError`."""
-    return bundle.find(CHECKOUT / model)
+    """The folder of the version that `model` (a setting) means, verified once a run.
+
+    Raises `bundle.BundleError`.
+    """
+    folder = bundle.find(CHECKOUT / model)
+    bundle.verify(folder)
+    return folder
 
 
 def _template_problems(fleet: Fleet) -> list[str]:

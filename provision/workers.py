@@ -212,11 +212,17 @@ def _from_wheelhouse(settings: WorkerSettings, source: wheelhouse.Wheelhouse) ->
     return Environment(
         python=settings.python,
         digest=source.digest,
-        wheels=tuple(
-            ManagedFile(path=f"{OPT}/wheels/{path.name}", content=path) for path in source.wheels
-        ),
+        wheels=_wheels(source),
         requirements=source.lock.encode(),
         pip_conf=None,
+    )
+
+
+@cache
+def _wheels(source: wheelhouse.Wheelhouse) -> tuple[ManagedFile, ...]:
+    """The same objects for every host: gigabytes are hashed once a run, not once a host."""
+    return tuple(
+        ManagedFile(path=f"{OPT}/wheels/{path.name}", content=path) for path in source.wheels
     )
 
 
@@ -260,10 +266,11 @@ def install_environment(environment: Environment) -> Commands:
         yield from operations.place_files._inner(files=[secret])
     yield quoted(environment.python, "-m", "venv", "--clear", environment.folder)
     options = ["--no-index", "--find-links", f"{OPT}/wheels", "--require-hashes"]
-    # Compiled afterwards, by all cores: the service's user can't write there later.
+    # Compiled afterwards, by all cores: the service's user can't write there later. Packages hold
+    # files that don't compile on purpose, so what compileall says decides nothing.
     yield script(
         'export PIP_CONFIG_FILE="$1" PIP_DISABLE_PIP_VERSION_CHECK=1; shift; folder="$1"; shift; '
-        '"$folder/bin/python" -m pip install --quiet --no-compile --no-cache-dir "$@" && '
+        '"$folder/bin/python" -m pip install --quiet --no-compile --no-cache-dir "$@" || exit 1; '
         '"$folder/bin/python" -m compileall -q -j 0 "$folder/lib" >/dev/null; '
         '"$folder/bin/python" -m pip check && touch "$folder/.complete"',
         conf if environment.pip_conf is not None else "/dev/null",

@@ -399,6 +399,11 @@ def test_packages_come_from_an_index_where_hosts_have_one(
         lambda: "torch" in deployment.on("gpu1", "curl", "-s", package_index, check=False),
         what="the index answers",
     )
+    # An installation that failed never passes for a complete environment.
+    empty = {"packages_from": "index", "index_url": f"{package_index}none/"}
+    failed = deployment.run(**empty, index_trusted_host="10.77.0.1")
+    assert failed.returncode != 0
+    assert "No matching distribution" in failed.output
     from_index = {
         "packages_from": "index",
         "index_url": package_index,
