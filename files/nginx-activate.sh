@@ -5,6 +5,7 @@
 #                                         differs, is .NAME.candidate in the same folder
 #   nginx-activate --previous             the files that the last change replaced
 #
+# Stands behind handshake.sh, whose function it uses.
 # Ends with 0 when nginx runs it, and notes DIGEST as applied; else with 1, having said why.
 set -u
 state=/var/lib/gpu-gateway
@@ -14,16 +15,6 @@ conf=/etc/nginx/nginx.conf
 say() { printf '%s\n' "$*" >&2; }
 
 candidate_of() { printf '%s/.%s.candidate' "${1%/*}" "${1##*/}"; }
-
-# bash opens the socket itself, so that no client has to be installed.
-handshake_status() {
-    exec 3<>"/dev/tcp/127.0.0.1/$1" || return 1
-    printf '%s\r\n' 'GET / HTTP/1.1' 'Host: localhost' 'Connection: Upgrade' 'Upgrade: websocket' \
-        'Sec-WebSocket-Version: 13' 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==' '' >&3
-    IFS= read -r -t 10 -u 3 line
-    exec 3>&-
-    printf '%s' "${line-}"
-}
 
 # More than once: a worker that is just being restarted must not condemn a configuration.
 clients_are_served() {

@@ -323,8 +323,8 @@ def nginx_previous() -> Commands:
 
 
 def _nginx_activate(*arguments: str) -> StringCommand:
-    activate = rendering.static("nginx-activate.sh").decode()
-    return quoted("bash", "-c", activate, "nginx-activate", *arguments)
+    text = rendering.shell("handshake.sh") + rendering.shell("nginx-activate.sh")
+    return quoted("bash", "-c", text, "nginx-activate", *arguments)
 
 
 def _nginx_check(path: str) -> StringCommand:

@@ -18,7 +18,7 @@ from provision.settings import Fleet, GatewaySettings
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEMPLATES = CHECKOUT / "templates"
 FILES = CHECKOUT / "files"
-STATIC_FILES = ("404.html", "50x.html", "nginx.logrotate")
+STATIC_FILES = ("404.html", "50x.html", "nginx.logrotate", "handshake.sh", "nginx-activate.sh")
 
 
 class RenderError(Exception):
@@ -68,6 +68,11 @@ def static(name: str) -> bytes:
         return (FILES / name).read_bytes()
     except OSError as error:
         raise RenderError(f"files/{name}: cannot be read: {error.strerror}; restore it") from None
+
+
+def shell(name: str) -> str:
+    """A script of `files/`, for `bash -c`. Raises `RenderError`."""
+    return static(name).decode()
 
 
 def nginx_conf(gateway: GatewaySettings, fleet: Fleet) -> bytes:

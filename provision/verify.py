@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pyinfra import host
 from pyinfra.api import deploy, operation
 
-from provision import workers
+from provision import rendering, workers
 from provision.facts import quoted, script
 from provision.operations import Commands, ask, executing, fail
 from provision.settings import GatewaySettings, WorkerSettings
@@ -71,14 +71,6 @@ def predict(urls: list[str], bundle: str, python: str, release: str, user: str) 
     )
 
 
-# A handshake needs no tool that a host might lack: bash opens the socket itself.
-_HANDSHAKE = r"""
-exec 3<>"/dev/tcp/127.0.0.1/$1" || exit 7
-printf 'GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n' >&3
-printf 'Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n' >&3
-IFS= read -r -t 15 -u 3 line && printf '%s\n' "${line%$'\r'}"
-"""
-
 _EVIDENCE = r"""
 echo "nginx: $(systemctl is-active nginx)"
 echo "selinux: $(getenforce 2>/dev/null || echo absent)"
@@ -93,7 +85,8 @@ def handshake(port: int) -> Commands:
     """A handshake on the gateway's public port has to be answered with 101."""
     if not executing():
         return
-    _, output = ask(quoted("bash", "-c", _HANDSHAKE, "handshake", str(port)))
+    text = rendering.shell("handshake.sh") + 'handshake_status "$1"\n'
+    _, output = ask(quoted("bash", "-c", text, "handshake", str(port)))
     status = output.stdout_lines[0] if output.stdout_lines else ""
     if " 101 " in f"{status} ":
         host.log(f"verified: port {port} answers a WebSocket handshake with 101")
