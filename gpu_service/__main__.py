@@ -148,9 +148,9 @@ def _serve(options: argparse.Namespace, unknown: Sequence[str]) -> int:
             print(f"  - {problem}", file=sys.stderr)
         return 2
 
-    from gpu_service import server
+    from gpu_service import worker
 
-    return server.run(chosen, open_engine=_open_engine)
+    return worker.run(chosen, open_engine=_open_engine)
 
 
 def _open_engine(chosen: settings.Settings) -> "Engine":

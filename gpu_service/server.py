@@ -1,7 +1,8 @@
-"""The worker's listening socket and its life, from start to drained.
+"""The WebSocket server: handshakes, plain HTTP, and the sessions from accepted to drained.
 
-Owns the socket, the sessions and the signals; runs the event loop of the main thread.
-Inference never happens here: requests go to `service`, and from there to the inference thread.
+Owns the listening socket and the sessions, on the event loop. Inference never happens here:
+requests go to `service`, and from there to the inference thread. The process around it is
+`worker`.
 """
 
 import asyncio
@@ -9,15 +10,10 @@ import email.utils
 import enum
 import http
 import logging
-import os
 import platform
-import resource
-import signal
 import socket
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import uvloop
 from websockets.datastructures import Headers
 from websockets.exceptions import NegotiationError
 from websockets.http11 import Request as HttpRequest
@@ -27,10 +23,8 @@ from websockets.typing import Subprotocol
 
 from gpu_service import __version__, logs, routes
 from gpu_service.batching import PRIORITIES
-from gpu_service.bundle import BundleError
-from gpu_service.dispatch import BrokenError, Dispatcher, Engine, StartupError
+from gpu_service.dispatch import BrokenError, Dispatcher, Engine
 from gpu_service.metrics import Metrics
-from gpu_service.notify import Notifier
 from gpu_service.protocol import SUBPROTOCOL, ErrorCode
 from gpu_service.service import InFlight, Service
 from gpu_service.session import Limits, Session
@@ -43,17 +37,7 @@ _SERVER_HEADER = f"gpu-service/{__version__}"
 # A burst of connects, such as all clients of a worker that was restarted, waits in the kernel.
 _BACKLOG = 4096
 
-_ENGINE_STOP_TIMEOUT_S = 2.0
 _RETRY_AFTER_S = "1"
-
-# How long the inference thread may have to wait for the GIL when the device has answered.
-# Measured with `python -m bench.serving --against` a checkout without it (2026-11-24, 2 cores, two
-# runs): 0.75 and 0.77 of the raw forward instead of 0.65 and 0.61; one idle client waits 0.1 ms
-# longer.
-_SWITCH_INTERVAL_S = 1e-4
-
-# Descriptors that are not connections: the listener, epoll, stderr, libraries, HTTP requests.
-_SPARE_DESCRIPTORS = 64
 
 
 class State(enum.Enum):
@@ -246,131 +230,6 @@ class InferenceServer:
             return None
         self._metrics.connections_refused.inc()
         return _http_response(routes.refusal(503, ErrorCode.UNAVAILABLE, problem))
-
-
-def run(settings: Settings, *, open_engine: Callable[[Settings], Engine]) -> int:
-    """Serve until SIGTERM or SIGINT, or until the device fails; the exit code of the process.
-
-    `open_engine` is called on the inference thread. Failures to
-    start are logged, and are 1, as a device that fails for good: a service manager restarts it.
-    """
-    logs.configure()
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    try:
-        listener = bind(settings.host, settings.port)
-        dispatcher: Dispatcher[InFlight] = Dispatcher(
-            lambda: open_engine(settings),
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            max_delay_s=settings.max_delay_ms / 1000,
-        )
-        engine = dispatcher.open()
-    except (StartupError, BundleError) as error:
-        logs.error("start_failed", reason=str(error))
-        return 1
-    except Exception as error:
-        logs.error("start_failed", reason=f"{type(error).__name__}: {error}", cause=error)
-        return 1
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_live(settings, engine, dispatcher, listener))
-    if not dispatcher.close(timeout_s=_ENGINE_STOP_TIMEOUT_S):
-        # Left to itself, the interpreter would wait for, or crash on, what hangs in there.
-        logs.warning("engine_hangs", action="left behind")
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-async def _live(
-    settings: Settings,
-    engine: Engine,
-    dispatcher: Dispatcher[InFlight],
-    listener: socket.socket,
-) -> int:
-    """Serve until told to stop, or until the device fails for good: 0 and 1 as exit codes."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    _raise_descriptor_limit(settings.max_connections)
-    notifier = Notifier()
-    host, port = listener.getsockname()[:2]
-    worker = settings.worker or f"{socket.gethostname()}:{port}"
-    server = InferenceServer(engine=engine, dispatcher=dispatcher, settings=settings, worker=worker)
-    await server.start(listener)
-    watchdog = asyncio.create_task(_feed_watchdog(notifier, dispatcher))
-    model = f"{engine.model.name} {engine.model.version}"
-    logs.info("ready", host=host, port=port, worker=worker, model=model, pid=os.getpid())
-    _notify(notifier, "READY=1", f"STATUS=serving {model} on {host}:{port}")
-
-    waiting = [asyncio.create_task(event.wait()) for event in (stop, server.broken)]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    for task in waiting:
-        task.cancel()
-
-    logs.info("draining")
-    _notify(notifier, "STOPPING=1", "STATUS=draining")
-    await server.drain()
-    watchdog.cancel()
-    logs.info("stopped")
-    return 1 if server.broken.is_set() else 0
-
-
-async def _feed_watchdog(notifier: Notifier, dispatcher: Dispatcher[InFlight]) -> None:
-    """Tell systemd that all is well, as long as the inference thread gets on.
-
-    An idle one proves it by answering a ping, a busy one by finishing a batch.
-    """
-    if notifier.watchdog_s is None:
-        return
-    while True:
-        beats = dispatcher.beats
-        dispatcher.ping()
-        await asyncio.sleep(notifier.watchdog_s / 2)
-        if dispatcher.beats != beats:
-            _notify(notifier, "WATCHDOG=1")
-        else:
-            logs.error("engine_hangs", no_progress_for_s=notifier.watchdog_s / 2)
-
-
-def _notify(notifier: Notifier, *assignments: str) -> None:
-    try:
-        notifier.send(*assignments)
-    except OSError as error:
-        logs.warning("notify_failed", reason=str(error))
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound but not listening: a taken port shows at once, clients do not come yet."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise StartupError(
-            f"cannot listen on {host}:{port}: {error.strerror}; check --host and --port, and "
-            f"with `ss -ltnp` what else listens there"
-        ) from None
-    return listener
-
-
-def _raise_descriptor_limit(max_connections: int) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    if hard != resource.RLIM_INFINITY and hard < max_connections + _SPARE_DESCRIPTORS:
-        logs.warning(
-            "descriptor_limit_low",
-            limit=hard,
-            max_connections=max_connections,
-            action=f"raise LimitNOFILE to {max_connections + _SPARE_DESCRIPTORS}",
-        )
 
 
 def _select_subprotocol(core: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy
 
-from gpu_service import server
+from gpu_service import worker
 from gpu_service.bundle import TensorSpec
 from gpu_service.dispatch import BatchOutput, Engine, Tensors
 from gpu_service.settings import Settings
@@ -64,7 +64,7 @@ def main() -> int:
             runner.run(echo(port))
         return 0
     settings = Settings(bundle=Path("none"), port=port)
-    return server.run(settings, open_engine=lambda _: Identity())
+    return worker.run(settings, open_engine=lambda _: Identity())
 
 
 if __name__ == "__main__":

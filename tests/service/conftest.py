@@ -17,9 +17,10 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
 from gpu_service.dispatch import Dispatcher
-from gpu_service.server import InferenceServer, bind
+from gpu_service.server import InferenceServer
 from gpu_service.service import InFlight
 from gpu_service.settings import Settings
+from gpu_service.sockets import bind
 from tests.service.fakes import BOUND_S, FakeEngine
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy
 
-from gpu_service import server, settings
+from gpu_service import settings, worker
 from gpu_service.bundle import TensorSpec
 from gpu_service.dispatch import BatchOutput, Engine, Tensors
 from gpu_service.protocol import Request, Scalar, encode_request
@@ -101,7 +101,7 @@ def main() -> int:
     named = {name.removeprefix("--").replace("-", "_"): text for name, text in options.items()}
     chosen = settings.load({"bundle": "unused", "port": "0", **named}, {})
     gate = Gate(Path(os.environ["GATE"])) if "GATE" in os.environ else None
-    return server.run(chosen, open_engine=lambda _: FakeEngine(gate))
+    return worker.run(chosen, open_engine=lambda _: FakeEngine(gate))
 
 
 if __name__ == "__main__":
