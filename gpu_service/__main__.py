@@ -1,12 +1,13 @@
-"""The command line: `python -m gpu_service serve|settings|predict|verify|load`.
+"""The command line: `python -m gpu_service COMMAND`.
 
 Owns parsing and exit codes (0 done, 1 failed, 2 used wrongly). Imports what a command needs
-only when it runs: torch for `serve` alone, on the inference thread.
+only when it runs: torch for `serve`, on the inference thread, and for `bundle`.
 """
 
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from gpu_service import settings
 if TYPE_CHECKING:
     from gpu_service.dispatch import Engine
 
-_DESCRIPTION = "Serve a model over WebSocket, and ask one that is served."
+_DESCRIPTION = "Serve models over WebSocket, ask one that is served, and bring your own."
 _BUNDLE = "a version's folder, or the model's for its newest version"
 
 
@@ -32,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "settings":
         print(settings.reference(), end="")
         return 0
+    if options.command == "token":
+        return _token(options)
+    if options.command in ("bundle", "inspect"):
+        return _bundle(options)
+    if options.command == "models":
+        return _models(options)
     return _ask(options)
 
 
@@ -71,8 +78,143 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--bundle", type=Path, required=True, metavar="DIR", help=_BUNDLE)
     verify.add_argument("--timeout-s", type=_positive, default=10.0, metavar="S")
 
-    _add_load(commands.add_parser("load", help="send many requests and measure the answers"))
+    load = commands.add_parser("load", help="send many requests and measure the answers")
+    _add_load(load)
+    for command in (predict, verify, load):
+        command.add_argument(
+            "--token-file",
+            type=Path,
+            metavar="FILE",
+            help="holds the token, where the server asks for one; default: GPU_SERVICE_TOKEN in "
+            "the environment",
+        )
+
+    _add_bundle(commands.add_parser("bundle", help="make a bundle of a model of your own"))
+
+    inspect = commands.add_parser("inspect", help="print what a bundle is, and check its files")
+    inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help=_BUNDLE)
+
+    _add_models(commands.add_parser("models", help="load and unload models of a running worker"))
+
+    token = commands.add_parser("token", help="make a token, and its line for the tokens file")
+    token.description = (
+        "Prints a new random token, which is kept nowhere, and then the line for the file of the "
+        "worker's setting tokens_file."
+    )
+    token.add_argument("name", nargs="?", metavar="NAME", type=_token_name, help="whose it is")
     return parser
+
+
+def _add_bundle(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Imports FACTORY, calls it, loads the weights into what it returns, runs that on samples, "
+        "and writes a bundle once all is in order. docs/bundles.md is the guide."
+    )
+    command.add_argument(
+        "factory", metavar="FACTORY", help="package.module:factory, or a registered name"
+    )
+    command.add_argument("--name", required=True, metavar="NAME", help="name of the model")
+    command.add_argument("--version", metavar="VERSION", help="default: the time in UTC")
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where NAME/VERSION is written"
+    )
+    command.add_argument(
+        "--arguments", default="{}", metavar="JSON", help="of the factory: an object of keywords"
+    )
+    command.add_argument(
+        "--weights",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.safetensors",
+        help="its state_dict; once for each file. Default: as the factory made them",
+    )
+    command.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="NAME:DATATYPE:SIZE,…",
+        help="in forward's order, per sample; -1: any size. For instance image:FP32:3,-1,-1",
+    )
+    command.add_argument(
+        "--output-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="in the order returned; datatypes and shapes are found by running the model",
+    )
+    command.add_argument(
+        "--state",
+        action="append",
+        default=[],
+        metavar="NAME:DATATYPE:SIZE,…",
+        help="forward takes it after the inputs and returns it after the outputs",
+    )
+    command.add_argument(
+        "--feedback",
+        action="append",
+        default=[],
+        metavar="OUTPUT=INPUT",
+        help="for many responses to one request: this output is that input of the next step",
+    )
+    command.add_argument("--done", metavar="OUTPUT", help="the BOOL output that ends them")
+    command.add_argument("--labels", default="", metavar="FILE|A,B,C", help="one a line in a file")
+    command.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE.npz|FILE.safetensors",
+        help="arrays [n, …] by input; `label` (true classes) and `expected.OUTPUT` may be there, "
+        "too. Default: random ones",
+    )
+    command.add_argument(
+        "--sample-count", type=_count, metavar="N", help="default: all of the file, or 16"
+    )
+    command.add_argument(
+        "--dynamic-size",
+        action="append",
+        default=[],
+        metavar="INPUT:N,…",
+        help="of random samples, for each -1 of an input; default: 16",
+    )
+    command.add_argument(
+        "--range",
+        action="append",
+        default=[],
+        metavar="INPUT:LOW,HIGH",
+        help="of random samples; default: 0,1, and all values of integers of 8 bits",
+    )
+    command.add_argument(
+        "--seed", type=_seed, default=0, metavar="N", help="of all that is random; default: 0"
+    )
+
+
+def _add_models(command: argparse.ArgumentParser) -> None:
+    commands = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = {
+        "list": commands.add_parser("list", help="what is served, the default first"),
+        "load": commands.add_parser("load", help="serve one more model, or version"),
+        "unload": commands.add_parser("unload", help="serve a model, or one version, no more"),
+        "reload": commands.add_parser("reload", help="serve what is newer in the same folders"),
+    }
+    for action in actions.values():
+        action.add_argument(
+            "--control",
+            type=Path,
+            default=os.environ.get("GPU_SERVICE_CONTROL") or None,
+            required=not os.environ.get("GPU_SERVICE_CONTROL"),
+            metavar="SOCKET",
+            help="the worker's setting `control`; default: GPU_SERVICE_CONTROL in the environment",
+        )
+        action.add_argument(
+            "--timeout-s",
+            type=_positive,
+            default=600.0,
+            metavar="S",
+            help="loading takes as long as warming up does; default: 600",
+        )
+    actions["load"].add_argument("path", type=Path, metavar="PATH", help=_BUNDLE)
+    actions["unload"].add_argument("name", metavar="NAME")
+    actions["unload"].add_argument("--version", metavar="VERSION", help="default: all of them")
 
 
 def _add_load(load: argparse.ArgumentParser) -> None:
@@ -111,6 +253,18 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _token_name(text: str) -> str:
+    if not re.fullmatch(r"[\x21-\x22\x24-\x7e]{1,128}", text):
+        raise argparse.ArgumentTypeError("a name is up to 128 ASCII characters without spaces or #")
+    return text
 
 
 def _positive(text: str) -> float:
@@ -153,24 +307,103 @@ def _serve(options: argparse.Namespace, unknown: Sequence[str]) -> int:
     return worker.run(chosen, open_engine=_open_engine)
 
 
-def _open_engine(chosen: settings.Settings) -> "Engine":
+def _open_engine(chosen: settings.Settings, path: Path) -> "Engine":
     from gpu_service import bundle, engine
 
+    engine.configure(threads=chosen.threads, precision=chosen.precision)
     return engine.open_bundle(
-        bundle.find(chosen.bundle),
-        device=chosen.device,
-        threads=chosen.threads,
+        bundle.find(path),
+        device=engine.choose_device(chosen.device),
         max_batch=chosen.max_batch,
+        max_streams=chosen.max_streams,
+        precision=chosen.precision,
+        factories=settings.listed(chosen.factories),
     )
+
+
+def _token(options: argparse.Namespace) -> int:
+    from gpu_service import admission
+
+    for line in admission.new_token(options.name or ""):
+        print(line)
+    return 0
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    from gpu_service import bundle, inspection
+
+    try:
+        if options.command == "inspect":
+            return inspection.main(bundle.find(options.bundle))
+        path = _make_bundle(options)
+        inspection.main(path)
+    except bundle.BundleError as error:
+        print(f"gpu_service {options.command}: {error}", file=sys.stderr)
+        return 1
+    if not options.weights:
+        print(f"no --weights: they are as the factory made them, with seed {options.seed}")
+    factories = f" --factories {options.factory}" if ":" in options.factory else ""
+    print(f"serve it: python -m gpu_service serve --bundle {path}{factories}")
+    return 0
+
+
+def _make_bundle(options: argparse.Namespace) -> Path:
+    from gpu_service import bundling
+
+    return bundling.make(
+        bundling.Plan(
+            factory=options.factory,
+            name=options.name,
+            version=options.version,
+            directory=options.output,
+            arguments=options.arguments,
+            weights=tuple(options.weights),
+            inputs=tuple(options.input),
+            output_names=tuple(options.output_name),
+            state=tuple(options.state),
+            feedback=tuple(options.feedback),
+            done=options.done,
+            labels=options.labels,
+            samples=options.samples,
+            sample_count=options.sample_count,
+            dynamic_sizes=tuple(options.dynamic_size),
+            ranges=tuple(options.range),
+            seed=options.seed,
+        )
+    )
+
+
+def _models(options: argparse.Namespace) -> int:
+    from gpu_service import control_client
+
+    control, timeout_s = options.control, options.timeout_s
+    try:
+        match options.action:
+            case "list":
+                control_client.list_models(control, timeout_s=timeout_s)
+            case "load":
+                control_client.load(control, options.path, timeout_s=timeout_s)
+            case "unload":
+                name, version = options.name, options.version
+                control_client.unload(control, name, version, timeout_s=timeout_s)
+            case "reload":
+                control_client.reload(control, timeout_s=timeout_s)
+    except control_client.ControlError as error:
+        print(f"gpu_service models {options.action}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def _ask(options: argparse.Namespace) -> int:
     from gpu_service import bundle, client, load, load_report, predict, verify
 
     try:
+        token = client.read_token(options.token_file)
         if options.command == "verify":
             path = bundle.find(options.bundle)
-            return verify.main(path=path, urls=options.urls, timeout_s=options.timeout_s)
+            return verify.main(
+                path=path, urls=options.urls, timeout_s=options.timeout_s, token=token
+            )
         if options.command == "load":
             return load.main(
                 load_report.Plan(
@@ -184,6 +417,7 @@ def _ask(options: argparse.Namespace) -> int:
                 files=options.input,
                 json_file=options.json,
                 plot_file=options.plot,
+                token=token,
             )
         return predict.main(
             url=options.url,
@@ -191,6 +425,7 @@ def _ask(options: argparse.Namespace) -> int:
             files=options.image,
             count=options.count,
             as_json=options.json,
+            token=token,
         )
     except (bundle.BundleError, client.ClientError, predict.InputError, load.InputError) as error:
         print(f"gpu_service {options.command}: {error}", file=sys.stderr)

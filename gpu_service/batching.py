@@ -7,7 +7,7 @@ between threads guards it (see `dispatch`, which owns the only one in a server).
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -68,16 +68,22 @@ class RequestTooLargeError(Exception):
 
 
 class Ticket(Generic[T]):
-    """One request's place: in the queue, on the device, or past both."""
+    """One request's place: in the queue, on the device, or past both.
+
+    Only requests of one `key` run together. Those of one `stream` run one after another.
+    """
 
     __slots__ = (
+        "eligible_at",
         "expires_at",
+        "key",
         "payload",
         "priority",
         "queued_at",
         "samples",
         "started_at",
         "state",
+        "stream",
     )
 
     def __init__(
@@ -88,12 +94,17 @@ class Ticket(Generic[T]):
         queued_at: float,
         priority: int = NORMAL_PRIORITY,
         expires_at: float = math.inf,
+        key: Hashable = None,
+        stream: Hashable = None,
     ) -> None:
         self.payload = payload
         self.samples = samples
         self.queued_at = queued_at
+        self.eligible_at = queued_at  # since when nothing but others keeps it waiting
         self.priority = priority
         self.expires_at = expires_at
+        self.key = key
+        self.stream = stream
         self.started_at = 0.0
         self.state = State.QUEUED
 
@@ -104,12 +115,44 @@ class Ticket(Generic[T]):
         self.state = to
 
 
+class _Group(Generic[T]):
+    """Tickets of one key, by priority, and first in, first out among equals."""
+
+    __slots__ = ("lanes", "samples")
+
+    def __init__(self) -> None:
+        # Not deques: a cancelled ticket goes at once, with the memory that it holds.
+        self.lanes: dict[int, OrderedDict[Ticket[T], None]] = {}
+        self.samples = 0
+
+    def add(self, ticket: Ticket[T]) -> None:
+        lane = self.lanes.get(ticket.priority)
+        if lane is None:
+            lane = self.lanes[ticket.priority] = OrderedDict()
+        lane[ticket] = None
+        self.samples += ticket.samples
+
+    def remove(self, ticket: Ticket[T]) -> None:
+        lane = self.lanes[ticket.priority]
+        del lane[ticket]
+        if not lane:
+            del self.lanes[ticket.priority]
+        self.samples -= ticket.samples
+
+    def heads(self) -> Iterator[Ticket[T]]:
+        return (next(iter(lane)) for lane in self.lanes.values())
+
+
 class Queue(Generic[T]):
     """By priority, and first in, first out among equals.
 
     Nobody starves: who has waited for a second is the next, in the order of arrival. And within
     a batch nothing is skipped: a large request that comes next but does not fit any more waits
-    for the next batch, and all behind it do.
+    for the next batch, and all behind it do. What has another key than the first of a batch
+    waits for its own batch: it cannot run in this one.
+
+    Requests of one stream run in their order, one a batch: the next becomes eligible when the
+    one before has left the device, or the queue.
 
     Meant to be asked by a device whenever it is idle: requests gather while it is busy, and
     none waits while it is idle, unless `max_delay_s` says so. All times are of `clock`.
@@ -128,11 +171,9 @@ class Queue(Generic[T]):
         self._max_delay_s = max_delay_s
         self._clock = clock
         self._good_batch = max_batch
-        # By priority, the most urgent first. Not deques: a cancelled ticket goes at once, with
-        # the memory that it holds.
-        self._lanes: dict[int, OrderedDict[Ticket[T], None]] = {
-            priority: OrderedDict() for priority in reversed(PRIORITIES)
-        }
+        self._groups: dict[Hashable, _Group[T]] = {}
+        # Of each stream with a ticket that is eligible or runs: those that come after it.
+        self._followers: dict[Hashable, OrderedDict[Ticket[T], None]] = {}
         self._samples = 0
         self._seconds_per_sample = 0.0
 
@@ -156,23 +197,39 @@ class Queue(Generic[T]):
         samples: int,
         priority: int = NORMAL_PRIORITY,
         timeout_s: float = math.inf,
+        key: Hashable = None,
+        stream: Hashable = None,
+        is_admitted: bool = False,
     ) -> Ticket[T]:
         """Queue one request of `samples` samples, which expires unless it starts in `timeout_s`.
 
-        Raises RequestTooLargeError or QueueFullError.
+        What `is_admitted` continues one that was taken, for which there is always room. Raises
+        RequestTooLargeError or QueueFullError.
         """
         if samples > self._max_batch:
             raise RequestTooLargeError(samples=samples, max_batch=self._max_batch)
-        if self._samples + samples > self._max_queue:
+        if self._samples + samples > self._max_queue and not is_admitted:
             raise QueueFullError(
                 samples=samples, max_queue=self._max_queue, retry_after_s=self._retry_after_s()
             )
         now = self._clock()
         ticket = Ticket(
-            payload, samples=samples, queued_at=now, priority=priority, expires_at=now + timeout_s
+            payload,
+            samples=samples,
+            queued_at=now,
+            priority=priority,
+            expires_at=now + timeout_s,
+            key=key,
+            stream=stream,
         )
-        self._lanes[priority][ticket] = None
         self._samples += samples
+        if stream is not None:
+            followers = self._followers.get(stream)
+            if followers is not None:
+                followers[ticket] = None
+                return ticket
+            self._followers[stream] = OrderedDict()
+        self._make_eligible(ticket)
         return ticket
 
     def cancel(self, ticket: Ticket[T]) -> bool:
@@ -182,7 +239,7 @@ class Queue(Generic[T]):
         be delivered.
         """
         if ticket.state is State.QUEUED:
-            self._remove(ticket)
+            self._drop(ticket)
         elif ticket.state is not State.RUNNING:
             return False
         ticket.move(State.CANCELLED)
@@ -191,18 +248,31 @@ class Queue(Generic[T]):
     def expire(self, ticket: Ticket[T]) -> bool:
         """Drop a ticket whose time is up; False if it started, or ended otherwise, before."""
         if ticket.state is State.QUEUED:
-            self._remove(ticket)
+            self._drop(ticket)
             ticket.move(State.EXPIRED)
         return ticket.state is State.EXPIRED
 
+    def has(self, stream: Hashable) -> bool:
+        """Whether anything of `stream` is queued or runs."""
+        return stream in self._followers
+
     def due_in_s(self) -> float | None:
         """Seconds until an idle device should take a batch: 0 is now, None is not foreseeable."""
-        if self._samples >= self._good_batch:
+        if self.has_full_batch():
             return 0.0
-        oldest = self._oldest()
-        if oldest is None:
+        since = self.waiting_since()
+        if since is None:
             return None
-        return max(0.0, oldest.queued_at + self._max_delay_s - self._clock())
+        return max(0.0, since + self._max_delay_s - self._clock())
+
+    def has_full_batch(self) -> bool:
+        """Whether there is a batch to which waiting would add nothing."""
+        return any(group.samples >= self._good_batch for group in self._groups.values())
+
+    def waiting_since(self) -> float | None:
+        """Since when something could run; None where nothing can."""
+        heads = (head for group in self._groups.values() for head in group.heads())
+        return min((head.eligible_at for head in heads), default=None)
 
     def take(self) -> list[Ticket[T]]:
         """The next batch, of at most `max_batch` samples; empty if none is due.
@@ -214,20 +284,30 @@ class Queue(Generic[T]):
             return []
         now = self._clock()
         batch: list[Ticket[T]] = []
+        groups: Iterable[_Group[T]] = self._groups.values()
         room = self._good_batch
-        while (ticket := self._next(now)) is not None:
+        while (ticket := _first(groups, now)) is not None:
             if ticket.expires_at <= now:
-                self._remove(ticket)
+                self._drop(ticket)
                 ticket.move(State.EXPIRED)
+                if batch:  # what follows it may have begun the group anew
+                    groups = (self._groups.get(batch[0].key, _Group()),)
                 continue
             if ticket.samples > room and batch:
                 break
+            groups = (self._groups[ticket.key],)
             self._remove(ticket)
             room -= ticket.samples
             ticket.started_at = now
             ticket.move(State.RUNNING)
             batch.append(ticket)
         return batch
+
+    def left(self, tickets: Iterable[Ticket[T]]) -> None:
+        """These have left the device, however they ended: what comes after them may run."""
+        for ticket in tickets:
+            if ticket.stream is not None:
+                self._follow(ticket.stream)
 
     def finished(self, *, samples: int, duration_s: float) -> None:
         """Learn how fast the device is, for the hint that goes with a refusal."""
@@ -238,21 +318,53 @@ class Queue(Generic[T]):
     def _retry_after_s(self) -> float:
         return min(max(self._samples * self._seconds_per_sample, _MIN_RETRY_S), _MAX_RETRY_S)
 
+    def _make_eligible(self, ticket: Ticket[T]) -> None:
+        group = self._groups.get(ticket.key)
+        if group is None:
+            group = self._groups[ticket.key] = _Group()
+        group.add(ticket)
+
     def _remove(self, ticket: Ticket[T]) -> None:
-        del self._lanes[ticket.priority][ticket]
+        """Take an eligible ticket out."""
+        group = self._groups[ticket.key]
+        group.remove(ticket)
+        if not group.lanes and ticket.key is not None:
+            del self._groups[ticket.key]
         self._samples -= ticket.samples
 
-    def _oldest(self) -> Ticket[T] | None:
-        heads = [next(iter(lane)) for lane in self._lanes.values() if lane]
-        return min(heads, key=lambda ticket: ticket.queued_at, default=None)
+    def _drop(self, ticket: Ticket[T]) -> None:
+        """Take a queued ticket out that is not going to run."""
+        if ticket.stream is None:
+            self._remove(ticket)
+        elif ticket in self._followers[ticket.stream]:
+            del self._followers[ticket.stream][ticket]
+            self._samples -= ticket.samples
+        else:
+            self._remove(ticket)
+            self._follow(ticket.stream)
 
-    def _next(self, now: float) -> Ticket[T] | None:
-        first = None
-        for lane in self._lanes.values():
-            if lane:
-                head = next(iter(lane))
-                if first is None or (
-                    head.queued_at < first.queued_at and now - head.queued_at >= _MAX_OVERTAKEN_S
-                ):
-                    first = head
-        return first
+    def _follow(self, stream: Hashable) -> None:
+        followers = self._followers[stream]
+        if not followers:
+            del self._followers[stream]
+            return
+        ticket, _ = followers.popitem(last=False)
+        ticket.eligible_at = self._clock()
+        self._make_eligible(ticket)
+
+
+def _first(groups: Iterable[_Group[T]], now: float) -> Ticket[T] | None:
+    """The head that is next: the most urgent, unless another has waited for too long."""
+    first: Ticket[T] | None = None
+    for group in groups:
+        for head in group.heads():
+            if first is None or _precedes(head, first, now):
+                first = head
+    return first
+
+
+def _precedes(one: Ticket[T], other: Ticket[T], now: float) -> bool:
+    starving = now - one.eligible_at >= _MAX_OVERTAKEN_S
+    if starving or now - other.eligible_at >= _MAX_OVERTAKEN_S:
+        return one.eligible_at < other.eligible_at
+    return (-one.priority, one.eligible_at) < (-other.priority, other.eligible_at)

@@ -12,14 +12,17 @@ import contextlib
 import enum
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from numpy.typing import NDArray
 
-from gpu_service.client import Client, ClientError, InferResult
-from gpu_service.protocol import Scalar
+from gpu_service.client import Client, ClientError, InferResult, Sequence
+from gpu_service.client_sequence import REPLAY_BYTES
+from gpu_service.protocol import Scalar, SessionInfo
+
+T = TypeVar("T")
 
 _CLOSE_TIMEOUT_S = 10.0  # longer than `Client` takes to close
 
@@ -52,10 +55,18 @@ class BlockingClient:
     first call, and nothing that it does disturbs the parent's client.
     """
 
-    def __init__(self, url: str, *, deadline_s: float = 30.0, retry_refused: bool = True) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        deadline_s: float = 30.0,
+        retry_refused: bool = True,
+        token: str | None = None,
+    ) -> None:
         self._url = url
-        self._client = Client(url, deadline_s=deadline_s, retry_refused=retry_refused)
-        self._lock = threading.Lock()  # guards the state, and what is handed to the loop by it
+        self._client = Client(url, deadline_s=deadline_s, retry_refused=retry_refused, token=token)
+        # Guards the state, and what is handed to the loop by it. A finalizer may come amid that.
+        self._lock = threading.RLock()
         self._state = State.NEW
         self._opened: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -106,6 +117,11 @@ class BlockingClient:
         """How often a lost connection was replaced."""
         return self._client.reconnects
 
+    @property
+    def session(self) -> SessionInfo | None:
+        """What the server said first on the present connection; None until it has."""
+        return self._client.session
+
     def infer(
         self,
         inputs: Mapping[str, NDArray[Any]],
@@ -119,16 +135,62 @@ class BlockingClient:
 
         Blocks the calling thread, `deadline_s` at most (default: the client's).
         """
-        self._check_process()
-        call = self._client.infer(
-            inputs, model=model, version=version, parameters=parameters, deadline_s=deadline_s
+        return self.run(
+            self._client.infer(
+                inputs, model=model, version=version, parameters=parameters, deadline_s=deadline_s
+            )
         )
-        with self._lock:
-            if self._state is not State.OPEN or self._loop is None:
-                call.close()
-                raise ClientError(f"{self._url}: {_NOT_OPEN[self._state]}")
-            # Under the lock: what is handed over before the loop is told to stop is answered.
-            future = asyncio.run_coroutine_threadsafe(call, self._loop)
+
+    def stream_infer(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        max_responses: int,
+        model: str | None = None,
+        version: str | None = None,
+        parameters: Mapping[str, Scalar] | None = None,
+        deadline_s: float | None = None,
+        resend: bool = True,
+    ) -> Generator[InferResult, None, None]:
+        """Responses to one request, as they come; see `client.Client.stream_infer`.
+
+        Blocks the thread that iterates, for each response `deadline_s` at most. Leaving the loop
+        early cancels the request.
+        """
+        responses = self._client.stream_infer(
+            inputs,
+            max_responses=max_responses,
+            model=model,
+            version=version,
+            parameters=parameters,
+            deadline_s=deadline_s,
+            resend=resend,
+        )
+        while (result := self.run(_next(responses))) is not None:
+            try:
+                yield result
+            except BaseException:  # GeneratorExit, mostly
+                # Without waiting: a garbage collector may do this in any thread.
+                self._post(responses.aclose())
+                raise
+
+    def sequence(
+        self,
+        *,
+        model: str | None = None,
+        version: str | None = None,
+        replay_bytes: int = REPLAY_BYTES,
+        deadline_s: float | None = None,
+    ) -> "BlockingSequence":
+        """A sequence of steps; see `client.Client.sequence`."""
+        sequence = self._client.sequence(
+            model=model, version=version, replay_bytes=replay_bytes, deadline_s=deadline_s
+        )
+        return BlockingSequence(self, sequence)
+
+    def run(self, call: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine of the asyncio client in the client's thread, and wait for its end."""
+        future = self._hand_over(call)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -136,6 +198,22 @@ class BlockingClient:
         except BaseException:  # Ctrl-C, or what another signal's handler raises
             future.cancel()
             raise
+
+    def _hand_over(self, call: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        try:
+            self._check_process()
+            with self._lock:
+                if self._state is not State.OPEN or self._loop is None:
+                    raise ClientError(f"{self._url}: {_NOT_OPEN[self._state]}")
+                # Under the lock: what is handed over before the loop is told to stop is answered.
+                return asyncio.run_coroutine_threadsafe(call, self._loop)
+        except BaseException:
+            call.close()
+            raise
+
+    def _post(self, call: Coroutine[Any, Any, None]) -> None:
+        with contextlib.suppress(ClientError):  # closed: what it is about went with that
+            self._hand_over(call)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:
@@ -172,6 +250,65 @@ class BlockingClient:
                     self._move(State.OPEN)
             self._opened.set_result(None)
             await asyncio.Event().wait()  # until close() cancels this
+
+
+class BlockingSequence:
+    """A `client.Sequence` for threads: `with client.sequence() as sequence:`.
+
+    Steps of several threads run in the order of their calls, and are sent ahead of the answers.
+    """
+
+    def __init__(self, client: BlockingClient, sequence: Sequence) -> None:
+        self._client = client
+        self._sequence = sequence
+
+    def __enter__(self) -> Self:
+        """Open it. The server hears of it with the first step."""
+        self._client.run(self._sequence.__aenter__())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End it, at the server, too. Steps that still wait fail."""
+        with contextlib.suppress(ClientError):  # closed: the sequence went with it
+            self._client.run(self._sequence.__aexit__(kind, error, traceback))
+
+    @property
+    def steps(self) -> int:
+        """How many steps have succeeded."""
+        return self._sequence.steps
+
+    def step(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        parameters: Mapping[str, Scalar] | None = None,
+        deadline_s: float | None = None,
+    ) -> InferResult:
+        """The outputs of the next step; see `client.Sequence.step`."""
+        return self._client.run(
+            self._sequence.step(inputs, parameters=parameters, deadline_s=deadline_s)
+        )
+
+    def finish(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        parameters: Mapping[str, Scalar] | None = None,
+        deadline_s: float | None = None,
+    ) -> InferResult:
+        """As `step`, and the last one; see `client.Sequence.finish`."""
+        return self._client.run(
+            self._sequence.finish(inputs, parameters=parameters, deadline_s=deadline_s)
+        )
+
+
+async def _next(responses: AsyncGenerator[InferResult, None]) -> InferResult | None:
+    return await anext(responses, None)
 
 
 _NOT_OPEN = {

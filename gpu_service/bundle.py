@@ -1,4 +1,4 @@
-"""Model bundles: what training writes, deploys copy and workers load.
+"""Model bundles: what training and `gpu_service bundle` write, deploys copy and workers load.
 
 Owns the folder `MODELS/NAME/VERSION/` and its `manifest.json`, which pins every other file by
 SHA-256. Plain functions without state, safe from any thread; torch is imported only in `write`.
@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,14 +30,17 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 SAMPLES = "samples.safetensors"
-LABEL = "label"  # the tensor in SAMPLES that holds the true labels
+LABEL = "label"  # the tensor in SAMPLES that holds the true labels, where they are known
 EXPECTED = "expected."  # prefix of the tensors in SAMPLES that hold the model's own outputs
+ANY = -1  # a dynamic dimension in a shape
 
 _FILES = (WEIGHTS, SAMPLES)
 _MAX_MANIFEST_BYTES = 1 << 20
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_MAX_FACTORY = 200
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CREATED = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -47,18 +50,36 @@ class BundleError(Exception):
 
 
 class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One input or output: `shape` is per sample, without the batch dimension."""
+    """One input, output or state: `shape` is per sample, without the batch dimension.
+
+    A size of -1 is a dynamic dimension: any size from 1 on, the same in all samples of a batch.
+    """
 
     name: str
     datatype: str
     shape: tuple[int, ...]
 
+    @property
+    def dynamic(self) -> bool:
+        """Whether any dimension is."""
+        return ANY in self.shape
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether one sample may have this `shape`, which holds no dynamic dimension."""
+        return len(shape) == len(self.shape) and all(
+            size == own or (own == ANY and size >= 1)
+            for own, size in zip(self.shape, shape, strict=True)
+        )
+
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A name in the registry of `gpu_service.models`, and its constructor's arguments."""
+    """Which network, and its constructor's arguments.
+
+    `name` is one in the registry of `gpu_service.models`, or `package.module:factory`.
+    """
 
     name: str
-    arguments: dict[str, int | float | bool | str | list[int]]
+    arguments: dict[str, int | float | bool | str | list[int | float | bool | str]]
 
 
 class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -86,8 +107,17 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     settings: dict[str, int | float | bool | str] = {}
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`manifest.json`. Its SHA-256 pins every byte of the bundle that is ever read."""
+class Manifest(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """`manifest.json`. Its SHA-256 pins every byte of the bundle that is ever read.
+
+    With `state`, the model is stateful: it takes the inputs and then the state, and returns the
+    outputs and then the new state; a sequence begins with zeros. With `feedback` (output → input),
+    it can answer one request many times: outputs become the next step's inputs, and the other
+    inputs stay as they were, until `done`, a BOOL output, is true. `training` is None for models
+    that were brought.
+    """
 
     format: int
     name: str
@@ -97,7 +127,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...]
-    training: Training
+    state: tuple[TensorSpec, ...] = ()
+    feedback: dict[str, str] = {}
+    done: str | None = None
+    training: Training | None = None
     files: dict[str, FileEntry]
 
 
@@ -146,8 +179,9 @@ def verify(path: Path) -> Manifest:
 def load_samples(path: Path) -> dict[str, NDArray[Any]]:
     """The golden samples of the bundle: n held-out test samples and what the model answers.
 
-    One array [n, …] per input by its name, `expected.OUTPUT` [n, …] per output (the trained
-    model's own, in eval mode), and `label` int64 [n]. Raises BundleError.
+    One array [n, …] per input by its name, `expected.OUTPUT` [n, …] per output (the model's own,
+    in eval mode; of a stateful model, of one step from the zero state), and `label` int64 [n]
+    where the truth is known. Raises BundleError.
     """
     manifest = read_manifest(path)
     file = path / SAMPLES
@@ -186,12 +220,19 @@ def latest(directory: Path) -> Path:
         found.append((manifest.created, path.name, path))
     if not found:
         raise BundleError(
-            f"{directory}: no bundle here; train one with `python -m gpu_service.training`"
+            f"{directory}: no bundle here; train one with `python -m gpu_service.training`, "
+            "or bring your own with `python -m gpu_service bundle`"
         )
     return max(found)[2]
 
 
-# ------------------------------------------------------------------------------ writing
+def factory(architecture: Architecture) -> tuple[str, str] | None:
+    """Module and attribute of an architecture `package.module:factory`; None for another name."""
+    name = architecture.name
+    if len(name) > _MAX_FACTORY or not _FACTORY.fullmatch(name):
+        return None
+    module, _, attribute = name.partition(":")
+    return module, attribute
 
 
 def find(path: Path) -> Path:
@@ -200,6 +241,9 @@ def find(path: Path) -> Path:
     Raises BundleError when there is none.
     """
     return path if (path / MANIFEST).is_file() else latest(path)
+
+
+# ------------------------------------------------------------------------------ writing
 
 
 def new_version(now: datetime.datetime | None = None) -> str:
@@ -212,10 +256,9 @@ def check_writable(*, directory: Path, name: str, version: str) -> None:
 
     For training, which would rather know before it starts than after it ended.
     """
-    if not _NAME.fullmatch(name):
-        raise BundleError(f"bad model name {name!r}: allowed is {_NAME.pattern}")
-    if not _VERSION.fullmatch(version):
-        raise BundleError(f"bad version {version!r}: allowed is {_VERSION.pattern}")
+    problems = name_problems(name=name, version=version)
+    if problems:
+        raise BundleError("; ".join(problems))
     target = directory / name / version
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +270,50 @@ def check_writable(*, directory: Path, name: str, version: str) -> None:
         raise BundleError(f"{target}: this version exists already; choose another")
 
 
+def name_problems(*, name: str, version: str) -> list[str]:
+    """What is wrong with the name of a model and of its version."""
+    problems = []
+    if not _NAME.fullmatch(name):
+        problems.append(f"bad model name {name!r}: allowed is {_NAME.pattern}")
+    if not _VERSION.fullmatch(version):
+        problems.append(f"bad version {version!r}: allowed is {_VERSION.pattern}")
+    return problems
+
+
+def state_problems(
+    where: str, state: Sequence[TensorSpec], *, beside: Sequence[TensorSpec]
+) -> Iterator[str]:
+    """What is wrong with the state of a model that has `beside` as inputs and outputs."""
+    if not state:
+        return
+    yield from spec_problems(where, state)
+    taken = {spec.name for spec in beside}
+    for spec in state:
+        if spec.name in taken:
+            yield f"{where}: {spec.name!r} is an input's or output's name, too"
+        if spec.dynamic:
+            yield f"{where}: {spec.name}: shape {list(spec.shape)} must be fixed, without -1"
+
+
+def spec_problems(where: str, specs: Sequence[TensorSpec]) -> Iterator[str]:
+    """What is wrong with these inputs or outputs, whichever `where` names."""
+    if not specs:
+        yield f"{where}: at least one is needed"
+    if len({spec.name for spec in specs}) < len(specs):
+        yield f"{where}: a name occurs twice"
+    for spec in specs:
+        if not _IDENTIFIER.fullmatch(spec.name) or spec.name == LABEL:
+            yield f"{where}: bad tensor name {spec.name!r}"
+        if spec.datatype not in datatypes.NUMPY:
+            known = ", ".join(datatypes.NUMPY)
+            yield f"{where}: {spec.name}: unknown datatype {spec.datatype!r}; known: {known}"
+        if any(size < 1 and size != ANY for size in spec.shape):
+            yield (
+                f"{where}: {spec.name}: shape {list(spec.shape)} has a size below 1 "
+                "(-1 is a dynamic dimension)"
+            )
+
+
 def write(
     *,
     directory: Path,
@@ -235,16 +322,21 @@ def write(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     labels: tuple[str, ...],
-    training: Training,
     state_dict: Mapping[str, "torch.Tensor"],
     samples: Mapping[str, NDArray[Any]],
+    training: Training | None = None,
+    state: tuple[TensorSpec, ...] = (),
+    feedback: Mapping[str, str] | None = None,
+    done: str | None = None,
     version: str | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `directory/name/version` as a whole or not at all, and return that folder.
 
     Everything is written and synced in a hidden folder beside it, which is then renamed: a
-    crash leaves that hidden folder, which no reader looks at. `samples` as in `load_samples`.
-    Raises BundleError for bad content, an existing version or a folder that cannot be written.
+    crash leaves that hidden folder, which no reader looks at. `check` gets it before that, and
+    what it raises keeps the version from being. `samples` as in `load_samples`. Raises
+    BundleError for bad content, an existing version or a folder that cannot be written.
     """
     import safetensors.torch
 
@@ -252,9 +344,7 @@ def write(
     version = version or new_version(now)
     check_writable(directory=directory, name=name, version=version)
     contents = {
-        WEIGHTS: safetensors.torch.save(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in state_dict.items()}
-        ),
+        WEIGHTS: safetensors.torch.save(_separate(state_dict)),
         SAMPLES: safetensors.numpy.save(
             {key: numpy.ascontiguousarray(array) for key, array in samples.items()}
         ),
@@ -268,6 +358,9 @@ def write(
         inputs=inputs,
         outputs=outputs,
         labels=labels,
+        state=state,
+        feedback=dict(feedback or {}),
+        done=done,
         training=training,
         files={
             file: FileEntry(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
@@ -279,11 +372,23 @@ def write(
     problems = list(_sample_problems(inputs, outputs, samples))
     if problems:
         raise BundleError(_listed("samples", problems))
-    _write_folder(directory / name / version, contents | {MANIFEST: encoded})
+    _write_folder(directory / name / version, contents | {MANIFEST: encoded}, check)
     return directory / name / version
 
 
 # ------------------------------------------------------------------------------ inside
+
+
+def _separate(state_dict: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]:
+    """The same on the CPU, each with memory of its own: safetensors refuses tied weights."""
+    separate: dict[str, torch.Tensor] = {}
+    storages = set()
+    for key, tensor in state_dict.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        separate[key] = own.clone() if storage in storages else own
+        storages.add(storage)
+    return separate
 
 
 def _listed(where: str, problems: list[str]) -> str:
@@ -326,12 +431,18 @@ def _manifest_problems(manifest: Manifest) -> Iterator[str]:
         yield f"bad name {manifest.name!r}: allowed is {_NAME.pattern}"
     if not _VERSION.fullmatch(manifest.version):
         yield f"bad version {manifest.version!r}: allowed is {_VERSION.pattern}"
-    if not _IDENTIFIER.fullmatch(manifest.architecture.name):
-        yield f"bad architecture name {manifest.architecture.name!r}"
+    if not (_IDENTIFIER.fullmatch(manifest.architecture.name) or factory(manifest.architecture)):
+        yield (
+            f"bad architecture name {manifest.architecture.name!r}: allowed is "
+            f"{_IDENTIFIER.pattern} or package.module:factory"
+        )
     if not _is_time(manifest.created):
         yield f"created is {manifest.created!r}, expected a UTC time like 2026-01-31T12:34:56Z"
-    yield from _spec_problems("inputs", manifest.inputs)
-    yield from _spec_problems("outputs", manifest.outputs)
+    yield from spec_problems("inputs", manifest.inputs)
+    yield from spec_problems("outputs", manifest.outputs)
+    beside = (*manifest.inputs, *manifest.outputs)
+    yield from state_problems("state", manifest.state, beside=beside)
+    yield from _feedback_problems(manifest)
     classes = manifest.outputs[0].shape[-1:] if manifest.outputs else ()
     if manifest.labels and classes != (len(manifest.labels),):
         yield f"{len(manifest.labels)} labels for an output of {list(classes)} values"
@@ -343,19 +454,28 @@ def _manifest_problems(manifest: Manifest) -> Iterator[str]:
             yield f"files: {file!r} needs 64 hex digits of sha256 and a size in bytes"
 
 
-def _spec_problems(where: str, specs: tuple[TensorSpec, ...]) -> Iterator[str]:
-    if not specs:
-        yield f"{where}: at least one is needed"
-    if len({spec.name for spec in specs}) < len(specs):
-        yield f"{where}: a name occurs twice"
-    for spec in specs:
-        if not _IDENTIFIER.fullmatch(spec.name) or spec.name == LABEL:
-            yield f"{where}: bad tensor name {spec.name!r}"
-        if spec.datatype not in datatypes.NUMPY:
-            known = ", ".join(datatypes.NUMPY)
-            yield f"{where}: {spec.name}: unknown datatype {spec.datatype!r}; known: {known}"
-        if any(size < 1 for size in spec.shape):
-            yield f"{where}: {spec.name}: shape {list(spec.shape)} has a size below 1"
+def _feedback_problems(manifest: Manifest) -> Iterator[str]:
+    inputs = {spec.name: spec for spec in manifest.inputs}
+    outputs = {spec.name: spec for spec in manifest.outputs}
+    for source, target in manifest.feedback.items():
+        if source not in outputs or target not in inputs:
+            yield f"feedback: {source!r} → {target!r} must lead from an output to an input"
+            continue
+        given, taken = outputs[source], inputs[target]
+        if (given.datatype, given.shape) != (taken.datatype, taken.shape):
+            yield (
+                f"feedback: output {source!r} is {given.datatype} {list(given.shape)}, "
+                f"input {target!r} is {taken.datatype} {list(taken.shape)}; they must be equal"
+            )
+    if len(set(manifest.feedback.values())) < len(manifest.feedback):
+        yield "feedback: two outputs lead to the same input"
+    if manifest.done is None:
+        return
+    spec = outputs.get(manifest.done)
+    if spec is None or (spec.datatype, spec.shape) != ("BOOL", ()):
+        yield f"done: {manifest.done!r} must be a BOOL output of shape [], one value a sample"
+    if not manifest.feedback:
+        yield "done: without feedback, each request has one response anyway"
 
 
 def _file_problems(file: Path, entry: FileEntry) -> Iterator[str]:
@@ -384,14 +504,15 @@ def _sample_problems(
 ) -> Iterator[str]:
     expected = {spec.name: spec for spec in inputs}
     expected |= {EXPECTED + spec.name: spec for spec in outputs}
-    expected[LABEL] = TensorSpec(name=LABEL, datatype="INT64", shape=())
+    if LABEL in samples:
+        expected[LABEL] = TensorSpec(name=LABEL, datatype="INT64", shape=())
     for key in sorted(expected.keys() ^ samples.keys()):
         yield f"{'unknown' if key in samples else 'missing'} tensor {key!r}"
     counts = set()
     for key in expected.keys() & samples.keys():
         spec, array = expected[key], samples[key]
         dtype = datatypes.NUMPY[spec.datatype]
-        if array.dtype != dtype or array.shape[1:] != spec.shape or array.ndim == 0:
+        if array.dtype != dtype or array.ndim == 0 or not spec.takes(array.shape[1:]):
             wanted = ", ".join(["n", *map(str, spec.shape)])
             actual = ", ".join(map(str, array.shape))
             yield f"tensor {key!r} is {array.dtype}[{actual}], expected {dtype}[{wanted}]"
@@ -414,7 +535,9 @@ def _kind(status: os.stat_result) -> str:
     return "a folder" if stat.S_ISDIR(status.st_mode) else "a device, pipe or socket"
 
 
-def _write_folder(target: Path, contents: Mapping[str, bytes]) -> None:
+def _write_folder(
+    target: Path, contents: Mapping[str, bytes], check: Callable[[Path], None] | None
+) -> None:
     beside = target.parent / f".writing-{target.name}-{uuid.uuid4().hex[:8]}"
     try:
         beside.mkdir()
@@ -424,6 +547,8 @@ def _write_folder(target: Path, contents: Mapping[str, bytes]) -> None:
                 stream.flush()
                 os.fsync(stream.fileno())
         _sync_folder(beside)
+        if check is not None:
+            check(beside)
         # Fails if the target has come to exist meanwhile: a folder with files is never replaced.
         beside.rename(target)
         _sync_folder(target.parent)

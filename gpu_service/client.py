@@ -1,103 +1,54 @@
 """An asyncio client that outlives its connections: it reconnects and resends what is unanswered.
 
-Owns one WebSocket at a time, and every call that waits for its answer. Belongs to the event
-loop that it was entered on; `blocking` has the same for threads. Needs numpy and websockets,
-never torch.
+Owns what a caller sees: predictions, many responses to one request, and sequences (see
+`client_sequence`). The connection is `client_link`'s. Belongs to the event loop that it was
+entered on; `blocking` has the same for threads. Needs numpy and websockets, never torch.
 """
 
 import asyncio
 import contextlib
 import http.client
-import itertools
 import math
 import os
-import random
 import urllib.parse
-import uuid
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import msgspec
 from numpy.typing import NDArray
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.client import process_exception
-from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
-from websockets.frames import CloseCode
-from websockets.typing import Subprotocol
 
-from gpu_service.protocol import (
-    SUBPROTOCOL,
-    ErrorCode,
-    Failure,
-    ProtocolError,
-    Request,
-    Scalar,
-    decode_reply,
-    encode_cancel,
-    encode_request,
+from gpu_service.client_calls import (
+    Call,
+    ClientError,
+    ConnectionLostError,
+    DeadlineExceededError,
+    InferenceError,
+    InferResult,
+    Responses,
+    SequenceLostError,
+    UnreachableError,
+    is_refusal,
+    pause_s,
 )
+from gpu_service.client_link import Connector, explained, is_token
+from gpu_service.client_sequence import REPLAY_BYTES, Sequence
+from gpu_service.protocol import ErrorCode, Request, Scalar, SessionInfo, encode_request
 
-# Full jitter: the clients of a worker that restarts come back spread out, not all at once.
-_BACKOFF_FIRST_S = 0.1
-_BACKOFF_MOST_S = 5.0
-
-# A request that was under way each of so many times when the connection broke may well be
-# what breaks it: it must not take down one worker after the other.
-_MAX_SENDS = 10
-
-# How long a refused request waits when the server does not say it.
-_RETRY_AFTER_S = 0.1
-_SPREAD_MOST_S = 5.0
-
-_OPEN_TIMEOUT_S = 10.0
-_CLOSE_TIMEOUT_S = 2.0
-_MAX_REPLY_BYTES = 256 << 20
-
-
-class ClientError(Exception):
-    """A call that has no result. The message is for people."""
-
-
-class UnreachableError(ClientError):
-    """There is no server at the address, or none that takes connections."""
-
-
-class DeadlineExceededError(ClientError):
-    """Connected, but the answer did not come in time."""
-
-
-class InferenceError(ClientError):
-    """The server answered with an error. `code` is one of `protocol.ErrorCode`, or a newer one."""
-
-    def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
-        self.retry_after_s = retry_after_s
-
-
-class InferResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Outputs [n, …] by name (read-only arrays), and who computed them."""
-
-    outputs: Mapping[str, NDArray[Any]]
-    model_name: str
-    model_version: str
-    worker: str
-
-
-class _Call:
-    """One request that waits for its answer."""
-
-    __slots__ = ("connection", "frame", "future", "paused", "refusals", "sends")
-
-    def __init__(self, frame: bytes, future: "asyncio.Future[InferResult]") -> None:
-        self.frame = frame
-        self.future = future
-        self.connection: ClientConnection | None = None  # that it was last sent on
-        self.sends = 0  # since the server last answered it, be it with a refusal
-        self.refusals = 0
-        self.paused = False  # it was refused, and is not to be sent before it is time
+__all__ = [
+    "Client",
+    "ClientError",
+    "ConnectionLostError",
+    "DeadlineExceededError",
+    "InferResult",
+    "InferenceError",
+    "Sequence",
+    "SequenceLostError",
+    "UnreachableError",
+    "fetch_json",
+    "read_token",
+]
 
 
 class Client:
@@ -108,32 +59,29 @@ class Client:
     a restart costs a caller time and nothing else. Predictions have no side effects, so
     running one twice is harmless.
 
-    A server that has too much to do refuses requests and says when to come back. With
-    `retry_refused` they are sent again then, within their deadline; else the refusal is raised.
+    A server that has too much to do, or where this client has used up its share, refuses
+    requests and says when to come back. With `retry_refused` they are sent again then, within
+    their deadline; else the refusal is raised.
+
+    `token` says who connects, where a server wants to know (see `read_token`). ValueError for
+    what cannot be one.
     """
 
-    def __init__(self, url: str, *, deadline_s: float = 30.0, retry_refused: bool = True) -> None:
-        self._url = url
+    def __init__(
+        self,
+        url: str,
+        *,
+        deadline_s: float = 30.0,
+        retry_refused: bool = True,
+        token: str | None = None,
+    ) -> None:
         self._deadline_s = deadline_s
         self._retry_refused = retry_refused
-        self._reconnects = 0
-        self._calls: dict[str, _Call] = {}
-        self._connection: ClientConnection | None = None
-        self._trouble = "not connected yet"
-        self._broken: ClientError | None = UnreachableError(f"{url}: the client is not open")
-        self._attempts = 0  # to connect, since a reply was last received
-        self._ids = (f"{uuid.uuid4().hex[:8]}-{number}" for number in itertools.count(1))
-        self._runner: asyncio.Task[None] | None = None
-        self._cancelling: set[asyncio.Task[None]] = set()
+        self._connector = Connector(url, token=token)
 
     async def __aenter__(self) -> Self:
         """Connect. Raises UnreachableError."""
-        try:
-            self._connection = await self._connect()
-        except (OSError, WebSocketException) as error:
-            raise UnreachableError(_explained(self._url, error)) from None
-        self._broken = None
-        self._runner = asyncio.create_task(self._run(self._connection))
+        await self._connector.open()
         return self
 
     async def __aexit__(
@@ -143,21 +91,18 @@ class Client:
         traceback: TracebackType | None,
     ) -> None:
         """Close. Calls still waiting fail."""
-        self._broken = ClientError(f"{self._url}: the client was closed")
-        self._fail_all(self._broken)
-        for task in self._cancelling:
-            task.cancel()
-        assert self._runner is not None
-        self._runner.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._runner
-        if self._connection is not None:
-            await self._connection.close()
+        await self._connector.close()
 
     @property
     def reconnects(self) -> int:
         """How often a lost connection was replaced."""
-        return self._reconnects
+        return self._connector.reconnects
+
+    @property
+    def session(self) -> SessionInfo | None:
+        """What the server said first on the present connection; None until it has."""
+        link = self._connector.link
+        return None if link is None else link.session
 
     async def infer(
         self,
@@ -174,185 +119,148 @@ class Client:
         or fails, DeadlineExceededError or UnreachableError after `deadline_s` (default: the
         client's), and ProtocolError for arrays of a dtype that cannot be sent.
         """
-        if self._broken is not None:
-            raise self._broken
         deadline_s = self._deadline_s if deadline_s is None else deadline_s
-        request_id = next(self._ids)
-        frame = encode_request(
-            Request(
-                inputs=inputs,
-                id=request_id,
-                model_name=model,
-                model_version=version,
-                parameters=parameters or {},
-            )
-        )
-        call = _Call(frame, asyncio.get_running_loop().create_future())
-        self._calls[request_id] = call
-        try:
+        call = Call(*self._request(inputs, model, version, parameters or {}))
+        with self._connector.calling(call), self._deadline_of(call, deadline_s):
             async with asyncio.timeout(deadline_s) as timeout:
                 while True:
                     try:
-                        if self._connection is not None:
-                            await self._send(call, self._connection)
                         return await call.future
-                    except asyncio.CancelledError:
-                        self._cancel(call, request_id)
-                        raise
                     except InferenceError as error:
-                        await self._pause(call, error, timeout.when())
+                        await self._come_back(call, error, timeout.when())
+
+    async def stream_infer(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        *,
+        max_responses: int,
+        model: str | None = None,
+        version: str | None = None,
+        parameters: Mapping[str, Scalar] | None = None,
+        deadline_s: float | None = None,
+        resend: bool = True,
+    ) -> AsyncGenerator[InferResult, None]:
+        """Responses to one request for inputs [1, …], `max_responses` at most, as they come.
+
+        Arguments and errors are those of `infer`, but `deadline_s` bounds the wait for each
+        response by itself. Ending the iteration (`aclose`, which leaving a loop early amounts
+        to) cancels the request.
+
+        After a lost connection the request is sent again, and the responses that came before
+        are skipped: right for a model that answers equal inputs equally. One that draws at
+        random begins another text then. With `resend=False`, ConnectionLostError is raised
+        instead, unless nothing had come.
+
+        At most 64 responses wait for a slow consumer. Beyond, the connection is not read as
+        long as no other call needs it, and up to 1024 wait where one does; then ClientError.
+        """
+        deadline_s = self._deadline_s if deadline_s is None else deadline_s
+        parameters = {**(parameters or {}), "max_responses": max_responses}
+        call = Responses(*self._request(inputs, model, version, parameters), resend=resend)
+        with self._connector.calling(call):
+            result = None
+            while result is None or not result.final:
+                result = await self._next(call, deadline_s)
+                yield result
+
+    def sequence(
+        self,
+        *,
+        model: str | None = None,
+        version: str | None = None,
+        replay_bytes: int = REPLAY_BYTES,
+        deadline_s: float | None = None,
+    ) -> Sequence:
+        """A sequence of steps, whose state a model keeps at the server; see `Sequence`.
+
+        `deadline_s` bounds each step (default: the client's).
+        """
+        return Sequence(
+            self._connector,
+            model=model,
+            version=version,
+            replay_bytes=replay_bytes,
+            deadline_s=self._deadline_s if deadline_s is None else deadline_s,
+            retry_refused=self._retry_refused,
+        )
+
+    def _request(
+        self,
+        inputs: Mapping[str, NDArray[Any]],
+        model: str | None,
+        version: str | None,
+        parameters: Mapping[str, Scalar],
+    ) -> tuple[str, bytes]:
+        """The id and the frame of a new request."""
+        if self._connector.broken is not None:
+            raise self._connector.broken
+        request = Request(
+            inputs=inputs,
+            id=self._connector.new_id(),
+            model_name=model,
+            model_version=version,
+            parameters=parameters,
+        )
+        assert request.id is not None
+        return request.id, encode_request(request)
+
+    async def _next(self, call: Responses, deadline_s: float) -> InferResult:
+        with self._deadline_of(call, deadline_s):
+            async with asyncio.timeout(deadline_s) as timeout:
+                while True:
+                    try:
+                        result = await call.next()
+                    except InferenceError as error:
+                        if not call.may_repeat:
+                            raise
+                        await self._come_back(call, error, timeout.when())
+                        continue
+                    if not call.is_full:
+                        self._connector.has_room(call)
+                    return result
+
+    @contextlib.contextmanager
+    def _deadline_of(self, call: Call, deadline_s: float) -> Iterator[None]:
+        try:
+            yield
         except TimeoutError:
-            raise self._too_late(call, deadline_s) from None
-        finally:
-            del self._calls[request_id]
+            raise self._connector.too_late(call, deadline_s) from None
 
-    def _cancel(self, call: _Call, request_id: str) -> None:
-        """Tell the server that nobody waits for this one any more, so that it need not run."""
-        connection = call.connection
-        if connection is None or connection is not self._connection:
-            return  # it was not sent, or went with its connection
-        task = asyncio.create_task(_send_cancel(connection, request_id))
-        self._cancelling.add(task)  # the loop itself would not keep it
-        task.add_done_callback(self._cancelling.discard)
-
-    async def _pause(self, call: _Call, error: InferenceError, ends_at: float | None) -> None:
-        """Wait until a refused call may be sent again; raises `error` where that cannot be."""
+    async def _come_back(self, call: Call, error: InferenceError, ends_at: float | None) -> None:
+        """Send a refused call again when it is time; raises `error` where that cannot be."""
+        if not self._retry_refused or not is_refusal(error) or self._connector.broken is not None:
+            raise error
         loop = asyncio.get_running_loop()
-        if not self._retry_refused or not _is_refusal(error) or self._broken is not None:
-            raise error
         remaining_s = math.inf if ends_at is None else ends_at - loop.time()
-        pause_s = _pause_s(error.retry_after_s, refusals=call.refusals, remaining_s=remaining_s)
-        if pause_s is None:
+        wait_s = pause_s(error.retry_after_s, refusals=call.refusals, remaining_s=remaining_s)
+        if wait_s is None:
             raise error
-        call.refusals += 1
-        call.sends = 0
-        call.future = loop.create_future()
+        call.renew()
         call.paused = True
         # Only what ends all calls, such as close(), completes it meanwhile.
-        await asyncio.wait([call.future], timeout=pause_s)
+        await asyncio.wait([call.future], timeout=wait_s)
         call.paused = False
+        self._connector.put(call)
 
-    # ------------------------------------------------------------------ the connection
 
-    async def _connect(self) -> ClientConnection:
-        return await connect(
-            self._url,
-            subprotocols=[Subprotocol(SUBPROTOCOL)],
-            compression=None,  # tensors do not shrink
-            proxy=None,  # workers are inside; a proxy for the world outside cannot reach them
-            open_timeout=_OPEN_TIMEOUT_S,
-            close_timeout=_CLOSE_TIMEOUT_S,
-            max_size=_MAX_REPLY_BYTES,
-        )
+def read_token(path: Path | None = None, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The token in the file `path`, else in GPU_SERVICE_TOKEN of the environment, if any.
 
-    async def _run(self, connection: ClientConnection) -> None:
-        try:
-            while True:
-                self._connection = connection
-                await self._read(connection)
-                connection = await self._reconnect()
-                self._reconnects += 1
-        except (OSError, WebSocketException) as error:  # what waiting does not mend
-            self._broken = UnreachableError(_explained(self._url, error))
-        except Exception as error:  # a bug: rather all calls fail than hang
-            self._broken = ClientError(f"internal error of the client: {error!r}")
-            self._broken.__cause__ = error
-        self._fail_all(self._broken)
-
-    async def _read(self, connection: ClientConnection) -> None:
-        """Resend what is unanswered, and take replies until the connection is closed."""
-        # Beside the reading, because a server stops reading one whose replies pile up.
-        resending = asyncio.create_task(self._resend(connection))
-        try:
-            while True:
-                self._on_message(await connection.recv())
-                self._attempts = 0
-        except ConnectionClosed as error:
-            self._connection = None
-            self._on_closed(connection, error)
-        finally:
-            resending.cancel()
-
-    async def _reconnect(self) -> ClientConnection:
-        """The next connection, however long it takes; raises what will not pass by waiting."""
-        while True:
-            most_s = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2**self._attempts)
-            self._attempts += 1
-            await asyncio.sleep(random.uniform(0, most_s))  # noqa: S311 - spreads load, no secret
-            try:
-                return await self._connect()
-            except (OSError, WebSocketException) as error:
-                if not _may_pass(error):
-                    raise
-                self._trouble = _explained(self._url, error)
-
-    async def _resend(self, connection: ClientConnection) -> None:
-        for call in list(self._calls.values()):
-            if call.connection is not connection and not call.paused:
-                await self._send(call, connection)
-
-    async def _send(self, call: _Call, connection: ClientConnection) -> None:
-        if call.future.done():
-            return
-        if call.sends >= _MAX_SENDS:
-            _fail(
-                call, ClientError(f"given up after sending it {_MAX_SENDS} times: {self._trouble}")
-            )
-            return
-        call.connection = connection
-        call.sends += 1
-        # When it is closed already, `_run` knows, and sends everything again.
-        with contextlib.suppress(ConnectionClosed):
-            await connection.send(call.frame)
-
-    # ------------------------------------------------------------------ what comes back
-
-    def _on_message(self, message: str | bytes) -> None:
-        try:
-            reply = decode_reply(message)
-        except ProtocolError as error:
-            reply = Failure(id=error.request_id, code=ErrorCode.INTERNAL, message=error.message)
-        if isinstance(reply, Failure):
-            retry_after_s = None if reply.retry_after_ms is None else reply.retry_after_ms / 1000
-            failure = InferenceError(reply.code, reply.message, retry_after_s=retry_after_s)
-            if reply.id is None:
-                # Of whichever request: none of them can be sure of its answer any more.
-                self._fail_all(failure)
-            elif call := self._calls.get(reply.id):
-                _fail(call, failure)
-            return
-        call = self._calls.get(reply.id or "")
-        if call is None or call.future.done():
-            return  # its caller has given up waiting
-        call.future.set_result(
-            InferResult(
-                outputs=reply.outputs,
-                model_name=reply.model_name,
-                model_version=reply.model_version,
-                worker=str(reply.parameters.get("worker", "")),
-            )
-        )
-
-    def _on_closed(self, connection: ClientConnection, error: ConnectionClosed) -> None:
-        self._trouble = f"{self._url}: connection lost: {error}"
-        if error.rcvd is None or error.rcvd.code != CloseCode.MESSAGE_TOO_BIG:
-            return
-        # Sent again, it would be refused again. Which one it was is not said: the largest.
-        sent = [call for call in self._calls.values() if call.connection is connection]
-        if sent:
-            largest = max(sent, key=lambda call: len(call.frame))
-            message = f"a message of {len(largest.frame)} bytes is more than the server takes"
-            _fail(largest, InferenceError(ErrorCode.INVALID_ARGUMENT, message))
-
-    def _fail_all(self, error: ClientError) -> None:
-        for call in self._calls.values():
-            _fail(call, error)
-
-    def _too_late(self, call: _Call, deadline_s: float) -> ClientError:
-        if self._connection is None:
-            return UnreachableError(f"no answer within {deadline_s:g} s; {self._trouble}")
-        refused = f"; refused {call.refusals} times before that" if call.refusals else ""
-        return DeadlineExceededError(f"{self._url}: no answer within {deadline_s:g} s{refused}")
+    Raises ClientError for a file that cannot be read, and for what is no token.
+    """
+    source = "GPU_SERVICE_TOKEN" if path is None else f"token file {path}"
+    try:
+        text = environ.get(source, "") if path is None else path.read_text("utf-8")
+    except OSError as error:
+        raise ClientError(f"{source} cannot be read: {error.strerror}") from None
+    except UnicodeError:
+        text = ""
+    token = text.strip()
+    if path is None and not token:
+        return None
+    if not is_token(token):
+        raise ClientError(f"{source} must hold one token, and nothing else")
+    return token
 
 
 async def fetch_json(url: str, path: str, *, timeout_s: float) -> Any:
@@ -373,7 +281,7 @@ def _fetch_json(url: str, path: str, timeout_s: float) -> Any:
         response = connection.getresponse()
         body = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise UnreachableError(_explained(url, error)) from None
+        raise UnreachableError(explained(url, error)) from None
     finally:
         connection.close()
     try:
@@ -383,64 +291,3 @@ def _fetch_json(url: str, path: str, timeout_s: float) -> Any:
     if response.status != http.client.OK:
         raise InferenceError(ErrorCode.NOT_FOUND, f"{url}: {path}: HTTP {response.status}")
     return content
-
-
-async def _send_cancel(connection: ClientConnection, request_id: str) -> None:
-    with contextlib.suppress(ConnectionClosed):
-        await connection.send(encode_cancel(request_id), text=True)
-
-
-def _fail(call: _Call, error: ClientError) -> None:
-    if not call.future.done():
-        call.future.set_exception(error)
-
-
-def _is_refusal(error: InferenceError) -> bool:
-    # A code that this version lacks, too, where the server says when to come back.
-    return error.code == ErrorCode.UNAVAILABLE or error.retry_after_s is not None
-
-
-def _pause_s(retry_after_s: float | None, *, refusals: int, remaining_s: float) -> float | None:
-    """How long a call waits that was refused after `refusals` others; None if it has no time.
-
-    Never less than the server said. All that it refused at that moment were told the same:
-    they come back spread over a time that doubles with each refusal.
-    """
-    least_s = _RETRY_AFTER_S if retry_after_s is None else retry_after_s
-    if least_s >= remaining_s:
-        return None
-    spread_s = min(_SPREAD_MOST_S, max(least_s, _RETRY_AFTER_S) * 2.0 ** min(refusals, 16))
-    # Leaves time for the answer.
-    most_s = min(least_s + spread_s, (least_s + remaining_s) / 2)
-    return random.uniform(least_s, most_s)  # noqa: S311 - spreads load, no secret
-
-
-def _may_pass(error: Exception) -> bool:
-    if isinstance(error, InvalidStatus):
-        too_many = http.client.TOO_MANY_REQUESTS
-        return error.response.status_code == too_many or process_exception(error) is None
-    return process_exception(error) is None
-
-
-def _explained(url: str, error: Exception) -> str:
-    match error:
-        case InvalidURI():
-            return f"{url} is not a WebSocket address; expected ws://HOST:PORT or wss://HOST:PORT"
-        case InvalidStatus() if error.response.status_code in (502, 503, 504):
-            return (
-                f"{url}: HTTP {error.response.status_code}: the gateway has no worker to pass "
-                "this on to, or the worker is full"
-            )
-        case InvalidStatus():
-            return (
-                f"{url}: HTTP {error.response.status_code} in place of a WebSocket; "
-                "check the address"
-            )
-        case TimeoutError():
-            return f"{url}: no answer to the connection attempt"
-        case OSError():
-            # asyncio's own text ("Connect call failed") hides the reason.
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            return f"{url}: cannot connect: {reason}"
-        case _:
-            return f"{url}: does not speak WebSocket as expected: {error}"

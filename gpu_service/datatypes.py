@@ -14,6 +14,9 @@ NUMPY: Mapping[str, numpy.dtype[Any]] = MappingProxyType(
     {
         "BOOL": numpy.dtype("?"),
         "UINT8": numpy.dtype("u1"),
+        "UINT16": numpy.dtype("<u2"),
+        "UINT32": numpy.dtype("<u4"),
+        "UINT64": numpy.dtype("<u8"),
         "INT8": numpy.dtype("i1"),
         "INT16": numpy.dtype("<i2"),
         "INT32": numpy.dtype("<i4"),

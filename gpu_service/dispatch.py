@@ -1,16 +1,18 @@
 """The one inference thread, and the way of requests to it and back.
 
-Owns that thread and, under its lock, the queue in front of the device. The thread alone calls
-the engine. Everything else here is called on the event loop, which is woken once per finished
-batch. The thread survives every exception of the engine.
+Owns that thread and, under its lock, one queue for each model in front of the device. The thread
+alone runs the engines. Everything else here is called on the event loop, which is woken once per
+finished batch. The thread survives every exception of an engine.
+
+One process serves one device: several devices are several workers, which do not share a GIL.
 """
 
 import asyncio
-import concurrent.futures
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
@@ -31,14 +33,38 @@ class BrokenError(Exception):
 
 
 class StartupError(Exception):
-    """The worker cannot start; the message is for who runs it."""
+    """The worker cannot start, or not serve a model; the message is for who runs it."""
+
+
+class StreamsFullError(Exception):
+    """All the places for the state of sequences are taken."""
+
+    def __init__(self, most: int, *, whose: str) -> None:
+        super().__init__(f"{most} sequences of {whose} hold their state, which is all there may be")
+
+
+class Stream:
+    """A sequence whose state is in row `slot` of the engine's memory.
+
+    `is_fresh` until a step of it succeeded: its state is zeros, whatever the row holds.
+    The inference thread alone changes that.
+    """
+
+    __slots__ = ("is_fresh", "slot")
+
+    def __init__(self, slot: int) -> None:
+        self.slot = slot
+        self.is_fresh = True
 
 
 class Work(Protocol):
-    """What is queued: anything that holds inputs [n, …] by name."""
+    """What is queued: anything that holds inputs [n, …] by name, maybe a step of a stream."""
 
     @property
     def inputs(self) -> Tensors: ...
+
+    @property
+    def stream(self) -> Stream | None: ...
 
 
 W = TypeVar("W", bound=Work)
@@ -55,7 +81,7 @@ class BatchOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """A model on its device. All calls come from the inference thread, one at a time."""
+    """A model on its device. Once it serves, all calls come from the inference thread."""
 
     @property
     def model(self) -> ModelInfo:
@@ -70,11 +96,37 @@ class Engine(Protocol):
         """Samples beyond which larger batches hardly gain anything; fixed. 0: not known."""
         return 0
 
+    @property
+    def max_streams(self) -> int:
+        """How many sequences may hold state at once; fixed. 0: the model has no state."""
+        return 0
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a second batch may be launched while one runs; fixed."""
+        return False
+
     def check(self) -> None:
         """Run something that is known to work; raises if it does not."""
 
+    def launch(
+        self, requests: Sequence[Tensors], streams: Sequence[Stream | None]
+    ) -> Callable[[], BatchOutput]:
+        """Begin to run all requests as one batch; what is returned waits for its end.
+
+        Their outputs follow one another in the same order. `streams` are the sequences of which
+        the requests are steps, all different, None for none; the state of none changes unless
+        all succeeds.
+        """
+        output = self.run(requests)
+        return lambda: output
+
     def run(self, requests: Sequence[Tensors]) -> BatchOutput:
-        """Run all requests as one batch. Their outputs follow one another in the same order."""
+        """Run all requests as one batch, none of them a step of a sequence."""
+        return self.launch(requests, [None] * len(requests))()
+
+    def close(self) -> None:
+        """Give back what it holds of the device. Nothing is run after it."""
 
 
 class Outcome(msgspec.Struct, Generic[W], frozen=True):
@@ -94,66 +146,49 @@ class FinishedBatch(msgspec.Struct, Generic[W], frozen=True, kw_only=True):
     output_s: float
 
 
-class Dispatcher(Generic[W]):
-    """Runs requests in batches on one engine.
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """The bounds of one model's queue; see `batching.Queue`."""
 
-    Life: `open` (blocks until the engine is ready), `start` on the event loop, `close`.
-    """
+    max_batch: int
+    max_queue: int
+    max_delay_s: float = 0.0
+
+
+class Events(Protocol[W]):
+    """Who is told on the event loop what became of the requests of one model."""
+
+    def on_batch(self, batch: FinishedBatch[W]) -> None:
+        """A batch is finished; those of its requests that were cancelled are left out."""
+
+    def on_expired(self, ticket: Ticket[W]) -> None:
+        """The time of a request was up before it could start."""
+
+
+class Channel(Generic[W]):
+    """The way to one model on the device. Made by `Dispatcher.add`; used on the event loop."""
 
     def __init__(
-        self,
-        open_engine: Callable[[], Engine],
-        *,
-        max_batch: int,
-        max_queue: int,
-        max_delay_s: float,
-        clock: Callable[[], float] = time.monotonic,
+        self, dispatcher: "Dispatcher[W]", engine: Engine, *, limits: Limits, events: Events[W]
     ) -> None:
-        self._open_engine = open_engine
-        self._clock = clock
-        self._queue: Queue[W] = Queue(
-            max_batch=max_batch, max_queue=max_queue, max_delay_s=max_delay_s, clock=clock
-        )
-        self._lock = threading.Lock()  # guards the queue and what follows
-        self._changed = threading.Condition(self._lock)
-        self._closing = False
-        self._pinged = False
-        self._beats = 0
-        self._flush_scheduled = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._on_batch: Callable[[FinishedBatch[W]], None] = lambda batch: None
-        self._on_expired: Callable[[Ticket[W]], None] = lambda ticket: None
-        self._on_broken: Callable[[BrokenError], None] = lambda error: None
+        self.engine = engine
+        self._dispatcher = dispatcher
+        self._lock = dispatcher.lock
+        self._events = events
         self._timers: dict[Ticket[W], asyncio.TimerHandle] = {}
-        self._opened: concurrent.futures.Future[Engine] = concurrent.futures.Future()
-        # A daemon: a hung device must not keep the process from ending.
-        self._thread = threading.Thread(target=self._main, name="inference", daemon=True)
-
-    # -------------------------------------------------------------------- any other thread
-
-    def open(self) -> Engine:
-        """Start the thread and wait for its engine; raises what opening it raised."""
-        self._thread.start()
-        return self._opened.result()
-
-    def start(
-        self,
-        on_batch: Callable[[FinishedBatch[W]], None],
-        *,
-        on_expired: Callable[[Ticket[W]], None] | None = None,
-        on_broken: Callable[[BrokenError], None] | None = None,
-    ) -> None:
-        """Have what happens reported on the running event loop.
-
-        Every finished batch goes to `on_batch`, without the requests that were cancelled; each
-        request whose time was up before it started to `on_expired`. `on_broken` is called once,
-        when the device is found to fail whatever it is given: from then on every request ends
-        with that BrokenError.
-        """
-        self._on_batch = on_batch
-        self._on_expired = on_expired or self._on_expired
-        self._on_broken = on_broken or self._on_broken
-        self._loop = asyncio.get_running_loop()
+        # Guarded by the lock:
+        self.queue: Queue[W] = Queue(
+            max_batch=limits.max_batch,
+            max_queue=limits.max_queue,
+            max_delay_s=limits.max_delay_s,
+            clock=dispatcher.clock,
+        )
+        if engine.good_batch:
+            self.queue.aim_at(engine.good_batch)
+        self.is_closing = False
+        self._free_slots = list(reversed(range(engine.max_streams)))
+        self._leaving: set[Stream] = set()
+        # The inference thread's:
+        self.in_vain = 0  # batches in a row of which nothing succeeded
 
     def submit(
         self,
@@ -162,76 +197,77 @@ class Dispatcher(Generic[W]):
         samples: int,
         priority: int = NORMAL_PRIORITY,
         timeout_s: float = math.inf,
+        key: Hashable = None,
+        is_admitted: bool = False,
     ) -> Ticket[W]:
         """Queue one request, as `Queue.offer` does.
 
-        Raises RequestTooLargeError or QueueFullError.
+        Raises RequestTooLargeError or QueueFullError, and RuntimeError once it was removed.
         """
-        assert self._loop is not None, "start() comes first"
         with self._lock:
-            ticket = self._queue.offer(
-                work, samples=samples, priority=priority, timeout_s=timeout_s
+            if self.is_closing:
+                raise RuntimeError("the model was removed: nobody would run this")
+            ticket = self.queue.offer(
+                work,
+                samples=samples,
+                priority=priority,
+                timeout_s=timeout_s,
+                key=key,
+                stream=work.stream,
+                is_admitted=is_admitted,
             )
         if timeout_s != math.inf:
-            self._timers[ticket] = self._loop.call_later(timeout_s, self._expire, ticket)
-        # An idle thread is woken only after this turn of the loop, so that requests that
-        # arrive together run together instead of one of them alone first.
-        if not self._flush_scheduled:
-            self._flush_scheduled = True
-            self._loop.call_soon(self._flush)
+            loop = asyncio.get_running_loop()
+            self._timers[ticket] = loop.call_later(timeout_s, self._expire, ticket)
+        self._dispatcher.wake()
         return ticket
 
     def cancel(self, ticket: Ticket[W]) -> bool:
         """Drop a request: it is not run if it did not start, and not delivered in any case.
 
-        False if it had been delivered, cancelled or expired before.
+        False if it had been delivered or cancelled, or reported as expired, before.
         """
+        is_unreported = ticket in self._timers
         self._stop_timer(ticket)
         with self._lock:
-            return self._queue.cancel(ticket)
+            is_so = self.queue.cancel(ticket)
+            self._free_places([ticket.stream])
+            return is_so or (ticket.state is State.EXPIRED and is_unreported)
+
+    def begin_stream(self) -> Stream:
+        """A place for the state of one more sequence; StreamsFullError if there is none."""
+        with self._lock:
+            if not self._free_slots:
+                raise StreamsFullError(self.engine.max_streams, whose="this model")
+            return Stream(self._free_slots.pop())
+
+    def end_stream(self, stream: Stream) -> None:
+        """Give its place back, as soon as nothing of it is queued or runs."""
+        with self._lock:
+            self._leaving.add(stream)
+            self._free_places([stream])
+
+    @property
+    def streams(self) -> int:
+        """How many sequences hold state."""
+        return self.engine.max_streams - len(self._free_slots)
 
     @property
     def queued_samples(self) -> int:
         """How many samples wait for the device."""
-        return self._queue.samples
+        return self.queue.samples
 
-    @property
-    def beats(self) -> int:
-        """Grows with each sign of life of the thread: a batch that ran, a ping it answered."""
-        return self._beats
+    def left(self, batch: FinishedBatch[W]) -> None:
+        """A batch has left the device. Called with the lock held, by the inference thread."""
+        tickets = [outcome.ticket for outcome in batch.outcomes]
+        self.queue.left(tickets)
+        if batch.infer_s:
+            duration_s = batch.input_s + batch.infer_s + batch.output_s
+            self.queue.finished(samples=batch.samples, duration_s=duration_s)
+        self._free_places([ticket.stream for ticket in tickets])
 
-    def ping(self) -> None:
-        """Ask an idle thread for a sign of life. A busy one gives it with its next batch."""
-        with self._lock:
-            self._pinged = True
-            self._changed.notify()
-
-    def close(self, *, timeout_s: float) -> bool:
-        """End the thread, dropping what is queued; False if it hangs and was left behind."""
-        with self._lock:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _expire(self, ticket: Ticket[W]) -> None:
-        del self._timers[ticket]
-        with self._lock:
-            is_so = self._queue.expire(ticket)
-        if is_so:
-            self._on_expired(ticket)
-
-    def _stop_timer(self, ticket: Ticket[W]) -> None:
-        # Without a timer it would be held, with its inputs, until its time is up.
-        if self._timers and (timer := self._timers.pop(ticket, None)) is not None:
-            timer.cancel()
-
-    def _flush(self) -> None:
-        self._flush_scheduled = False
-        with self._lock:
-            self._changed.notify()
-
-    def _deliver(self, batch: FinishedBatch[W]) -> None:
+    def deliver(self, batch: FinishedBatch[W]) -> None:
+        """Report a batch. Called on the event loop."""
         with self._lock:
             wanted = [
                 outcome for outcome in batch.outcomes if outcome.ticket.state is State.RUNNING
@@ -240,61 +276,240 @@ class Dispatcher(Generic[W]):
                 outcome.ticket.move(State.DONE)
         for outcome in wanted:
             self._stop_timer(outcome.ticket)
-        self._on_batch(msgspec.structs.replace(batch, outcomes=wanted))
+        self._events.on_batch(msgspec.structs.replace(batch, outcomes=wanted))
+
+    def _expire(self, ticket: Ticket[W]) -> None:
+        del self._timers[ticket]
+        with self._lock:
+            is_so = self.queue.expire(ticket)
+            self._free_places([ticket.stream])
+        if is_so:
+            self._events.on_expired(ticket)
+
+    def _stop_timer(self, ticket: Ticket[W]) -> None:
+        # Without a timer it would be held, with its inputs, until its time is up.
+        if self._timers and (timer := self._timers.pop(ticket, None)) is not None:
+            timer.cancel()
+
+    def _free_places(self, streams: Sequence[Hashable]) -> None:
+        if not self._leaving:
+            return
+        for stream in streams:
+            if stream in self._leaving and not self.queue.has(stream):
+                assert isinstance(stream, Stream)
+                self._leaving.discard(stream)
+                self._free_slots.append(stream.slot)
+
+
+class _Launched(Generic[W]):
+    """A batch on the device."""
+
+    __slots__ = ("channel", "result", "samples", "tickets")
+
+    def __init__(self, channel: Channel[W], tickets: list[Ticket[W]]) -> None:
+        self.channel = channel
+        self.tickets = tickets
+        self.samples = sum(ticket.samples for ticket in tickets)
+        self.result: Callable[[], BatchOutput] = lambda: BatchOutput(outputs={})
+
+
+class Dispatcher(Generic[W]):
+    """Runs the requests of all models in batches on one device.
+
+    Life: `start` on the event loop, `add` models, `close`. `on_thread` is what the inference
+    thread does first.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_thread: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.clock = clock
+        self._on_thread = on_thread
+        self.lock = threading.Lock()  # guards the queues and what follows
+        self._changed = threading.Condition(self.lock)
+        self._channels: list[Channel[W]] = []
+        self._closing = False
+        self._pinged = False
+        self._beats = 0
+        self._flush_scheduled = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._on_broken: Callable[[BrokenError], None] = lambda error: None
+        self._broken: BrokenError | None = None
+        # A daemon: a hung device must not keep the process from ending.
+        self._thread = threading.Thread(target=self._main, name="inference", daemon=True)
+
+    # -------------------------------------------------------------------- the event loop
+
+    def start(self, *, on_broken: Callable[[BrokenError], None] | None = None) -> None:
+        """Start the thread; what happens is reported on the running event loop.
+
+        `on_broken` is called once, when the device is found to fail whatever it is given: from
+        then on every request ends with that BrokenError.
+        """
+        self._on_broken = on_broken or self._on_broken
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def add(self, engine: Engine, *, limits: Limits, events: Events[W]) -> Channel[W]:
+        """Serve one more model, with an engine that is ready to run."""
+        channel = Channel(self, engine, limits=limits, events=events)
+        with self.lock:
+            self._channels.append(channel)
+        return channel
+
+    def remove(self, channel: Channel[W]) -> None:
+        """Serve a model no more: what is queued still runs, then its engine is closed."""
+        with self.lock:
+            channel.is_closing = True
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """See that an idle thread looks for work.
+
+        It is woken only after this turn of the loop, so that requests that arrive together run
+        together instead of one of them alone first.
+        """
+        if not self._flush_scheduled:
+            assert self._loop is not None, "start() comes first"
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    @property
+    def beats(self) -> int:
+        """Grows with each sign of life of the thread: a batch that ran, a ping it answered."""
+        return self._beats
+
+    def ping(self) -> None:
+        """Ask an idle thread for a sign of life. A busy one gives it with its next batch."""
+        with self.lock:
+            self._pinged = True
+            self._changed.notify()
+
+    def close(self, *, timeout_s: float) -> bool:
+        """End the thread, dropping what is queued; False if it hangs and was left behind."""
+        with self.lock:
+            self._closing = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        with self.lock:
+            self._changed.notify()
 
     # -------------------------------------------------------------------- inference thread
 
     def _main(self) -> None:
-        try:
-            engine = self._open_engine()
-        except BaseException as error:
-            self._opened.set_exception(error)
-            return
-        if engine.good_batch:
-            self._queue.aim_at(engine.good_batch)
-        self._opened.set_result(engine)
-        in_vain = 0
-        broken: BrokenError | None = None
-        while (tickets := self._next()) is not None:
-            if broken is not None:
-                self._hand_over(_failed(tickets, broken))
-                continue
-            try:
-                batch = _run(engine, tickets, beat=self._beat)
-            except Exception as error:  # a bug here must not end all service
-                logs.error("inference_thread_error", cause=error)
-                batch = _failed(tickets, error)
-            self._hand_over(batch)
-            failed = all(isinstance(each.result, BaseException) for each in batch.outcomes)
-            in_vain = in_vain + 1 if failed and batch.outcomes else 0
-            if in_vain >= _SUSPICIOUS_BATCHES:
-                in_vain = 0
-                broken = _broken(engine)
-                self._beat()
-                if broken is not None:
-                    self._call(self._on_broken, broken)
+        self._on_thread()
+        under_way: deque[_Launched[W]] = deque()
+        while True:
+            launched = self._stage() if under_way else self._await_work()
+            if launched is not None:
+                under_way.append(launched)
+                if launched.channel.engine.overlaps and len(under_way) == 1:
+                    continue
+            if not under_way:
+                return
+            self._finish(under_way.popleft())
 
-    def _next(self) -> list[Ticket[W]] | None:
-        """The next batch, as soon as one is due; None when closing."""
-        with self._lock:
-            while not self._closing:
-                if self._pinged:
-                    self._pinged = False
-                    self._beats += 1
-                if tickets := self._queue.take():
-                    return tickets
-                self._changed.wait(self._queue.due_in_s())
-            return None
+    def _finish(self, launched: _Launched[W]) -> None:
+        channel = launched.channel
+        try:
+            batch = _result(launched, beat=self._beat)
+        except Exception as error:  # a bug here must not end all service
+            logs.error("inference_thread_error", cause=error)
+            batch = _failed(launched.tickets, error)
+        with self.lock:
+            channel.left(batch)
+        self._call(channel.deliver, batch)
+        if batch.outcomes:
+            self._suspect(channel, batch)
+
+    def _suspect(self, channel: Channel[W], batch: FinishedBatch[W]) -> None:
+        """Look whether it is the device that fails, once nothing succeeds any more."""
+        failed = all(isinstance(each.result, BaseException) for each in batch.outcomes)
+        channel.in_vain = channel.in_vain + 1 if failed else 0
+        if channel.in_vain < _SUSPICIOUS_BATCHES or self._broken is not None:
+            return
+        channel.in_vain = 0
+        self._broken = _broken(channel.engine)
+        self._beat()
+        if self._broken is not None:
+            self._call(self._on_broken, self._broken)
+
+    def _await_work(self) -> _Launched[W] | None:
+        """The next batch, launched as soon as one is due; None when closing."""
+        while True:
+            with self.lock:
+                work, closed = self._next()
+            # Outside the lock: closing an engine may take a while.
+            for channel in closed:
+                _close(channel.engine)
+            if work is not None:
+                return self._launch(*work)
+            if not closed:
+                return None
+
+    def _next(self) -> tuple[tuple[Channel[W], list[Ticket[W]]] | None, list[Channel[W]]]:
+        """What to run next, and the channels that have come to their end; neither if closing."""
+        while not self._closing:
+            if self._pinged:
+                self._pinged = False
+                self._beats += 1
+            for channel in self._by_age():
+                if tickets := channel.queue.take():
+                    return (channel, tickets), []
+            ended = [each for each in self._channels if each.is_closing and not each.queue.samples]
+            if ended:
+                self._channels = [each for each in self._channels if each not in ended]
+                return None, ended
+            self._changed.wait(self._due_in_s())
+        return None, []
+
+    def _stage(self) -> _Launched[W] | None:
+        """A second batch, behind the one that runs, if waiting would not make it any fuller."""
+        with self.lock:
+            # Who has waited longest is next, or it would wait for ever behind a busier one.
+            due = (each for each in self._by_age() if each.queue.due_in_s() == 0)
+            channel = None if self._closing else next(due, None)
+            if channel is None or not channel.engine.overlaps or not channel.queue.has_full_batch():
+                return None
+            tickets = channel.queue.take()
+        return self._launch(channel, tickets) if tickets else None
+
+    def _by_age(self) -> list[Channel[W]]:
+        """The models' queues, the one that has waited longest first."""
+        if len(self._channels) <= 1:
+            return self._channels
+        return sorted(
+            self._channels,
+            key=lambda channel: (
+                math.inf if (since := channel.queue.waiting_since()) is None else since
+            ),
+        )
+
+    def _due_in_s(self) -> float | None:
+        dues = [channel.queue.due_in_s() for channel in self._channels]
+        return min((due for due in dues if due is not None), default=None)
+
+    def _launch(self, channel: Channel[W], tickets: list[Ticket[W]]) -> _Launched[W]:
+        launched = _Launched(channel, tickets)
+        if self._broken is not None:
+            launched.result = _raiser(self._broken)
+            return launched
+        try:
+            launched.result = _launch(channel.engine, tickets)
+        except BaseException as error:  # whatever a model raises, SystemExit too, is its request's
+            launched.result = _raiser(error)
+        return launched
 
     def _beat(self) -> None:
         self._beats += 1
-
-    def _hand_over(self, batch: FinishedBatch[W]) -> None:
-        with self._lock:
-            if batch.infer_s:
-                duration_s = batch.input_s + batch.infer_s + batch.output_s
-                self._queue.finished(samples=batch.samples, duration_s=duration_s)
-        self._call(self._deliver, batch)
 
     def _call(self, function: Callable[[A], None], argument: A) -> None:
         try:
@@ -302,6 +517,20 @@ class Dispatcher(Generic[W]):
                 self._loop.call_soon_threadsafe(function, argument)
         except RuntimeError:
             pass  # the loop has closed: nobody is left to be answered
+
+
+def _raiser(error: BaseException) -> Callable[[], BatchOutput]:
+    def result() -> BatchOutput:
+        raise error
+
+    return result
+
+
+def _close(engine: Engine) -> None:
+    try:
+        engine.close()
+    except BaseException as error:  # others are served on
+        logs.error("engine_close_failed", model=engine.model.name, cause=error)
 
 
 def _broken(engine: Engine) -> BrokenError | None:
@@ -315,16 +544,21 @@ def _broken(engine: Engine) -> BrokenError | None:
     return None
 
 
-def _run(engine: Engine, tickets: list[Ticket[W]], *, beat: Callable[[], None]) -> FinishedBatch[W]:
-    """Run the tickets together; if that fails, each alone, so that only the culprit fails."""
-    samples = sum(ticket.samples for ticket in tickets)
+def _launch(engine: Engine, tickets: Sequence[Ticket[W]]) -> Callable[[], BatchOutput]:
+    works = [ticket.payload for ticket in tickets]
+    return engine.launch([work.inputs for work in works], [work.stream for work in works])
+
+
+def _result(launched: _Launched[W], *, beat: Callable[[], None]) -> FinishedBatch[W]:
+    """What became of a batch; if it failed, of each alone, so that only the culprit fails."""
+    tickets = launched.tickets
     try:
-        output = _checked(engine.run([ticket.payload.inputs for ticket in tickets]), samples)
-    except BaseException as error:  # whatever a model raises, SystemExit too, is its request's
+        output = _checked(launched.result(), launched.samples)
+    except BaseException as error:
         beat()
-        if len(tickets) > 1:
-            return _run_alone(engine, tickets, samples=samples, beat=beat)
-        return _failed(tickets, error)
+        if len(tickets) == 1 or isinstance(error, BrokenError):
+            return _failed(tickets, error)
+        return _run_alone(launched, beat=beat)
     beat()
     outcomes = []
     start = 0
@@ -335,24 +569,28 @@ def _run(engine: Engine, tickets: list[Ticket[W]], *, beat: Callable[[], None]) 
         outcomes.append(Outcome(ticket, own))
     return FinishedBatch(
         outcomes=outcomes,
-        samples=samples,
+        samples=launched.samples,
         input_s=output.input_s,
         infer_s=output.infer_s,
         output_s=output.output_s,
     )
 
 
-def _run_alone(
-    engine: Engine, tickets: list[Ticket[W]], *, samples: int, beat: Callable[[], None]
-) -> FinishedBatch[W]:
-    parts = [
-        _run(engine, [ticket], beat=beat)
-        for ticket in tickets
-        if ticket.state is State.RUNNING  # those cancelled meanwhile cost nothing more
-    ]
+def _run_alone(launched: _Launched[W], *, beat: Callable[[], None]) -> FinishedBatch[W]:
+    parts = []
+    for ticket in launched.tickets:
+        alone = _Launched(launched.channel, [ticket])
+        if ticket.state is State.RUNNING:
+            try:
+                alone.result = _launch(launched.channel.engine, [ticket])
+            except BaseException as error:
+                alone.result = _raiser(error)
+        else:  # cancelled meanwhile: it costs nothing more
+            alone.result = _raiser(asyncio.CancelledError())
+        parts.append(_result(alone, beat=beat))
     return FinishedBatch(
         outcomes=[outcome for part in parts for outcome in part.outcomes],
-        samples=samples,
+        samples=launched.samples,
         input_s=sum(part.input_s for part in parts),
         infer_s=sum(part.infer_s for part in parts),
         output_s=sum(part.output_s for part in parts),

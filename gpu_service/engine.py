@@ -1,13 +1,17 @@
 """A model on its device: copies requests in, runs them as one batch, copies the outputs out.
 
-Owns the device, its static buffers and the weights. Everything here runs on the inference
-thread (see `dispatch`). The only module of the service that imports torch.
+Owns the device's buffers, the weights and the state of sequences. `open_bundle` runs on whatever
+thread loads models; once an engine serves, the inference thread alone calls it (see `dispatch`).
+The only module of the service that imports torch.
 """
 
+import contextlib
+import functools
+import itertools
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from gpu_service import bundle, datatypes, golden, logs, models
-from gpu_service.dispatch import BatchOutput, StartupError, Tensors
-from gpu_service.signature import ModelInfo
+from gpu_service.bundle import TensorSpec
+from gpu_service.dispatch import BatchOutput, StartupError, Stream, Tensors
+from gpu_service.signature import DYNAMIC, ModelInfo, shape_fits
 
 # A batch of inputs up to this size is copied in one go, with the GIL held for some 100 µs at most.
 _JOINED_BYTES = 1 << 20
@@ -28,41 +33,112 @@ _TIMED_RUNS = 3
 # How much longer a sample may take in a batch that is called good.
 _GOOD_ENOUGH = 1.1
 
+# On a GPU one batch runs while the next one is copied, so each needs host buffers of its own.
+_UNDER_WAY = 2
+
+_MOST_SLICES = 1024
+
+FP32, TF32, BF16 = "fp32", "tf32", "bf16"
+
+# TF32 keeps 10 bits of a number, bfloat16 7; layer by layer the rounding adds up to some percent
+# of the largest value. What is farther off is not rounding.
+_ROUNDED = {"max_abs_diff": 0.05, "classes_may_differ": 0.02}
+_TOLERANCE: dict[str, dict[str, float]] = {FP32: {}, TF32: _ROUNDED, BF16: _ROUNDED}
+
+
+class _Host:
+    """Host memory that the inputs of a whole batch are written to; pinned where there is a GPU."""
+
+    def __init__(self, specs: Sequence[TensorSpec], *, rows: int, pinned: bool) -> None:
+        self.read: torch.cuda.Event | None = None  # the GPU has read what was last written
+        self.tensors = [
+            torch.zeros((rows, *spec.shape), dtype=_torch_dtype(spec), pin_memory=pinned)
+            for spec in specs
+        ]
+        # The same memory again, to be written without torch's overhead for each request.
+        self.arrays = [tensor.numpy() for tensor in self.tensors]
+        self._views = [array.reshape(-1).view("u1").data for array in self.arrays]
+        self._row_bytes = [array[0].nbytes for array in self.arrays]
+        self._first: dict[int, list[torch.Tensor]] = {}
+
+    def fill(self, number: int, arrays: Sequence[NDArray[Any]], samples: int) -> None:
+        """Write `arrays` [k, …], of so many samples together, into buffer `number`."""
+        if samples * self._row_bytes[number] > _JOINED_BYTES:
+            numpy.concatenate(arrays, out=self.arrays[number][:samples])
+            return
+        # numpy gives the GIL away around each copy, and each time the event loop has it next:
+        # many small arrays would wait for it more than they take to be copied.
+        joined = b"".join(cast(Sequence[bytes], arrays))
+        self._views[number][: len(joined)] = joined
+
+    def first(self, rows: int) -> list[torch.Tensor]:
+        """The first `rows` of each buffer.
+
+        Kept, because each operation of torch gives the GIL away, and the event loop has it next.
+        """
+        found = self._first.get(rows)
+        if found is None:
+            if len(self._first) >= _MOST_SLICES:
+                self._first.clear()
+            found = self._first[rows] = [tensor[:rows] for tensor in self.tensors]
+        return found
+
+
+class _Graph:
+    """A CUDA graph of one size of batch: replayed, the GPU needs no word of Python's."""
+
+    def __init__(
+        self,
+        network: torch.nn.Module,
+        inputs: Sequence[torch.Tensor],
+        *,
+        stream: torch.cuda.Stream,
+    ) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Thread-local, because another model may serve meanwhile.
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._results = _as_tuple(network(*inputs))
+
+    def replay(self) -> tuple[torch.Tensor, ...]:
+        """Run it on its inputs' memory; the next replay overwrites the results."""
+        self._graph.replay()
+        return self._results
+
 
 class TorchEngine:
-    """Runs `model`, as `models.load_model` returns it, in batches of up to `max_batch` samples.
+    """Runs `network`, as `models.load_model` returns it, in batches of up to `max_batch` samples.
 
-    Inputs are copied once, into static host buffers (pinned where there is a GPU).
+    `max_streams` sequences may hold state, in rows of tensors on the device: one gather before
+    a batch, one scatter after it. `examples` are inputs [n, …] by name, needed for a model with
+    dynamic dimensions, whose warm-up takes their sizes. An `Engine`.
     """
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        network: torch.nn.Module,
         *,
         info: ModelInfo,
         device: torch.device,
         max_batch: int,
+        max_streams: int = 0,
+        examples: Tensors | None = None,
     ) -> None:
-        self._network = model.to(device)
+        self._network = network.to(device)
         self._info = info
         self._device = device
         self._max_batch = max_batch
+        self._examples = examples or {}
         self._good_batch = max_batch
-        self._host = [
-            torch.zeros(
-                (max_batch, *spec.shape),
-                dtype=_torch_dtype(spec.datatype),
-                pin_memory=device.type == "cuda",
-            )
-            for spec in info.inputs
-        ]
-        # The same memory again, to be written without torch's overhead for each request.
-        self._host_arrays = [buffer.numpy() for buffer in self._host]
-        self._host_views = [array.reshape(-1).view("u1").data for array in self._host_arrays]
-        self._on_device = [
-            buffer if device.type == "cpu" else torch.zeros_like(buffer, device=device)
-            for buffer in self._host
-        ]
+        self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._graphs: dict[int, _Graph] = {}
+        self._hosts: list[_Host] = []
+        self._on_device: list[torch.Tensor] = []
+        if not _is_dynamic(info):
+            self._make_buffers()
+        self._max_streams = max_streams if info.state else 0
+        # The last row is for steps that belong to no sequence.
+        self._state = _zeros(info.state, self._max_streams + 1, device)
+        self._state_in = _zeros(info.state, max_batch if self._cuda else 0, device)
 
     @property
     def model(self) -> ModelInfo:
@@ -72,7 +148,7 @@ class TorchEngine:
     @property
     def description(self) -> Mapping[str, str]:
         """The device, and what runs on it."""
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else ""
+        name = torch.cuda.get_device_name(self._device) if self._cuda else ""
         return {
             "device": str(self._device),
             "device_name": name,
@@ -85,147 +161,335 @@ class TorchEngine:
         """Samples beyond which larger batches hardly gained anything in the warm-up."""
         return self._good_batch
 
+    @property
+    def max_streams(self) -> int:
+        """How many sequences may hold state at once."""
+        return self._max_streams
+
+    @property
+    def overlaps(self) -> bool:
+        """On a GPU, whose batches run while the next one is copied."""
+        return self._cuda is not None
+
+    @property
+    def state_bytes(self) -> int:
+        """Device memory for the state of sequences, used or not."""
+        return sum(state.nbytes for state in self._state)
+
+    @property
+    def graphs(self) -> int:
+        """How many sizes of batch run as CUDA graphs."""
+        return len(self._graphs)
+
     def check(self) -> None:
-        """Run one sample of zeros; raises if the device fails."""
-        self.run([{spec.name: _zeros(spec, 1) for spec in self._info.inputs}])
+        """Run one sample; raises if the device fails."""
+        self.run([self._example(1)])
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self._graphs.clear()
+        self._network = torch.nn.Identity()
+        for buffers in (self._state, self._state_in, self._on_device, self._hosts):
+            buffers.clear()
+        if self._cuda is not None:
+            torch.cuda.empty_cache()
+
+    def run(self, requests: Sequence[Tensors]) -> BatchOutput:
+        """Inputs [k, …] by name for each request → outputs [n, …], n being the sum of all k."""
+        return self.launch(requests, [None] * len(requests))()
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Tensors]) -> BatchOutput:
-        """Inputs [k, …] by name for each request → outputs [n, …], n being the sum of all k.
+    def launch(
+        self, requests: Sequence[Tensors], streams: Sequence[Stream | None]
+    ) -> Callable[[], BatchOutput]:
+        """Begin a batch; what is returned waits for its outputs.
 
-        Inputs have the declared dtypes and shapes, and are contiguous.
-
-        Raises whatever the model raises, and ValueError for outputs that are not as declared.
+        Inputs have the declared dtypes and shapes, and are contiguous; dynamic dimensions are
+        the same in all requests. Raises whatever the model raises, and ValueError for outputs
+        that are not as declared.
         """
         started = time.perf_counter()
-        samples = self._fill(requests)
-        batch = self._to_device(samples)
-        copied = time.perf_counter()
-        results = self._network(*batch)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        inferred = time.perf_counter()
-        outputs = self._to_host(results, samples)
-        return BatchOutput(
-            outputs=outputs,
-            input_s=copied - started,
-            infer_s=inferred - copied,
-            output_s=time.perf_counter() - inferred,
-        )
+        counts = [len(inputs[self._info.inputs[0].name]) for inputs in requests]
+        samples = sum(counts)
+        with _on(self._cuda):
+            batch = self._inputs(requests, samples)
+            size = len(batch[0])
+            rows = self._rows(streams, counts, size) if self._state else None
+            copied = self._mark()
+            results = self._forward(batch, rows, size)
+            outputs = results[: len(self._info.outputs)]
+            if size != samples:
+                outputs = tuple([tensor[:samples] for tensor in outputs])
+            _check(outputs, self._info.outputs, samples)
+            inferred = self._mark()
+            fetch = self._fetch(outputs, started, copied, inferred)
+            if rows is not None:  # last: what fails before it changes no state
+                self._keep(results[len(outputs) :], rows, streams)
+            return fetch
 
     def warm_up(self) -> None:
         """Run each bucket, so that no client waits for kernels to be chosen or loaded.
 
-        What that takes tells which size of batch is good enough.
+        On a GPU each becomes a CUDA graph, where the model allows it. What a batch takes tells
+        which size is good enough.
         """
+        for size in reversed(buckets(self._max_batch)):
+            self.run([self._example(size)])
+        if self._cuda is not None and self._hosts:
+            self._capture()
         seconds = {}
         for size in buckets(self._max_batch):
-            batch = [{spec.name: _zeros(spec, size) for spec in self._info.inputs}]
-            self.run(batch)
-            runs = [self.run(batch) for _ in range(_TIMED_RUNS)]
-            seconds[size] = min(run.infer_s for run in runs)
+            batch = [self._example(size)]
+            seconds[size] = min(self.run(batch).infer_s for _ in range(_TIMED_RUNS))
         self._good_batch = good_batch(seconds)
 
-    def self_test(self, samples: Tensors) -> float:
-        """Compare the model with its bundle's samples; the greatest difference found.
-
-        Raises StartupError if it answers differently from when it was trained.
-        """
-        inputs = golden.inputs_of(samples)
+    def outputs_of(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
+        """Outputs [n, …] by name for inputs [n, …] by name, n of any size."""
         total = len(next(iter(inputs.values())))
         parts = [
             self.run([{name: array[at : at + self._max_batch] for name, array in inputs.items()}])
             for at in range(0, total, self._max_batch)
         ]
-        outputs = {
+        return {
             spec.name: numpy.concatenate([part.outputs[spec.name] for part in parts])
             for spec in self._info.outputs
         }
-        comparison = golden.compare(outputs, samples)
+
+    def self_test(self, samples: Tensors, *, precision: str = FP32) -> golden.Comparison:
+        """Compare the model with its bundle's samples.
+
+        Raises StartupError if it answers differently from when it was trained, by more than
+        `precision` explains.
+        """
+        outputs = self.outputs_of(golden.inputs_of(samples))
+        comparison = golden.compare(outputs, samples, **_TOLERANCE[precision])
         if comparison.problem:
             raise StartupError(
                 f"self-test of model {self._info.name} {self._info.version} on {self._device}: "
                 f"{comparison.problem}. It does not answer as it did when it was trained: "
                 "check the torch version and the device, or train it anew"
+                + ("" if precision == FP32 else f"; or precision {precision} is too coarse for it")
             )
-        return comparison.max_abs_diff
+        return comparison
 
-    def _fill(self, requests: Sequence[Tensors]) -> int:
-        samples = 0
-        for spec, buffer, view in zip(
-            self._info.inputs, self._host_arrays, self._host_views, strict=True
-        ):
-            arrays = [inputs[spec.name] for inputs in requests]
-            samples = sum(map(len, arrays))
-            if samples * buffer[0].nbytes <= _JOINED_BYTES:
-                # numpy gives the GIL away around each copy, and each time the event loop has it
-                # next: many small arrays would wait for it more than they take to be copied.
-                joined = b"".join(cast(Sequence[bytes], arrays))
-                view[: len(joined)] = joined
-            else:
-                numpy.concatenate(arrays, out=buffer[:samples])
-        return samples
+    # ------------------------------------------------------------------ into the device
 
-    def _to_device(self, samples: int) -> list[torch.Tensor]:
-        if self._device.type == "cpu":
-            # The time of a batch grows with its size on a CPU: padding would be pure cost.
-            return [buffer[:samples] for buffer in self._host]
-        size = next(size for size in buckets(self._max_batch) if size >= samples)
-        return [
-            device[:size].copy_(host[:size], non_blocking=True)
-            for host, device in zip(self._host, self._on_device, strict=True)
+    def _make_buffers(self) -> None:
+        on_gpu = self._cuda is not None
+        self._hosts = [
+            _Host(self._info.inputs, rows=self._max_batch, pinned=on_gpu)
+            for _ in range(_UNDER_WAY if on_gpu else 1)
         ]
+        self._on_device = self._hosts[0].tensors
+        if on_gpu:
+            self._on_device = _zeros(self._info.inputs, self._max_batch, self._device)
 
-    def _to_host(self, results: Any, samples: int) -> dict[str, NDArray[Any]]:
-        tensors = results if isinstance(results, tuple) else (results,)
-        if len(tensors) != len(self._info.outputs):
+    def _inputs(self, requests: Sequence[Tensors], samples: int) -> list[torch.Tensor]:
+        """The batch on the device, in the order of the model's inputs; a bucket on a GPU."""
+        by_input = [[inputs[spec.name] for inputs in requests] for spec in self._info.inputs]
+        if not self._hosts:
+            joined = [numpy.concatenate(arrays) for arrays in by_input]
+            return [torch.from_numpy(array).to(self._device) for array in joined]
+        self._hosts.append(host := self._hosts.pop(0))
+        if host.read is not None:
+            host.read.synchronize()
+        for number, arrays in enumerate(by_input):
+            host.fill(number, arrays, samples)
+        if self._cuda is None:
+            # The time of a batch grows with its size on a CPU: padding would be pure cost.
+            return host.first(samples)
+        size = next(size for size in buckets(self._max_batch) if size >= samples)
+        batch = [
+            device[:size].copy_(tensor[:size], non_blocking=True)
+            for tensor, device in zip(host.tensors, self._on_device, strict=True)
+        ]
+        host.read = cast(torch.cuda.Event, self._cuda.record_event())
+        return batch
+
+    def _rows(
+        self, streams: Sequence[Stream | None], counts: Sequence[int], size: int
+    ) -> torch.Tensor:
+        """Which row of the state is whose, in the order of the batch, [size] int64.
+
+        The rows of sequences without a step yet are zeros after this.
+        """
+        scratch = self._max_streams
+        rows = [
+            scratch if stream is None else stream.slot
+            for stream, count in zip(streams, counts, strict=True)
+            for _ in range(count)
+        ]
+        rows += [scratch] * (size - len(rows))
+        fresh = [stream.slot for stream in streams if stream is not None and stream.is_fresh]
+        if scratch in rows:
+            fresh.append(scratch)
+        if fresh:
+            index = self._index(fresh)
+            for state in self._state:
+                state.index_fill_(0, index, 0)
+        return self._index(rows)
+
+    def _index(self, rows: Sequence[int]) -> torch.Tensor:
+        index = torch.tensor(rows)
+        if self._cuda is None:
+            return index
+        # Pinned, or the copy would wait for the batch that runs.
+        return index.pin_memory().to(self._device, non_blocking=True)
+
+    def _forward(
+        self, batch: Sequence[torch.Tensor], rows: torch.Tensor | None, size: int
+    ) -> tuple[torch.Tensor, ...]:
+        graph = self._graphs.get(size)
+        states: list[torch.Tensor] = []
+        if rows is not None and graph is not None:
+            for state, buffer in zip(self._state, self._state_in, strict=True):
+                torch.index_select(state, 0, rows, out=buffer[:size])
+        elif rows is not None:
+            states = [state.index_select(0, rows) for state in self._state]
+        results = graph.replay() if graph else _as_tuple(self._network(*batch, *states))
+        expected = len(self._info.outputs) + len(self._state)
+        if len(results) != expected:
             raise ValueError(
-                f"the model returned {len(tensors)} outputs, its bundle says "
-                f"{len(self._info.outputs)}"
+                f"the model returned {len(results)} outputs, its bundle says {expected}"
+                + (f", {len(self._state)} of them the new state" if self._state else "")
             )
-        outputs = {}
-        for spec, tensor in zip(self._info.outputs, tensors, strict=True):
-            # A copy in any case: a model may return its input, which the next batch overwrites.
-            array = tensor[:samples].cpu().numpy().copy()
-            if array.dtype != datatypes.NUMPY[spec.datatype] or array.shape[1:] != spec.shape:
-                raise ValueError(
-                    f"the model returned output {spec.name!r} as {array.dtype} of shape "
-                    f"{list(array.shape)}, its bundle says {spec.datatype} of {list(spec.shape)} "
-                    "a sample"
-                )
-            outputs[spec.name] = array
-        return outputs
+        return results
+
+    def _keep(
+        self, new: Sequence[torch.Tensor], rows: torch.Tensor, streams: Sequence[Stream | None]
+    ) -> None:
+        """The new state, of all sequences or, if anything is wrong with it, of none."""
+        _check(new, self._info.state, len(rows))
+        for state, tensor in zip(self._state, new, strict=True):
+            state.index_copy_(0, rows, tensor)
+        for stream in streams:
+            if stream is not None:
+                stream.is_fresh = False
+
+    # ------------------------------------------------------------------ out of the device
+
+    def _mark(self) -> "float | torch.cuda.Event":
+        """This point in the device's time."""
+        if self._cuda is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(self._cuda)
+        return event
+
+    def _fetch(
+        self, outputs: Sequence[torch.Tensor], started: float, copied: Any, inferred: Any
+    ) -> Callable[[], BatchOutput]:
+        names = [spec.name for spec in self._info.outputs]
+        if self._cuda is None:
+            # Copies in any case: a model may return its input, which the next batch overwrites.
+            arrays = [_copied(tensor.numpy()) for tensor in outputs]
+            output = BatchOutput(
+                outputs=dict(zip(names, arrays, strict=True)),
+                input_s=copied - started,
+                infer_s=inferred - copied,
+                output_s=time.perf_counter() - inferred,
+            )
+            return lambda: output
+        # Not blocking, so into pinned memory, which torch keeps and gives out again.
+        tensors = [tensor.contiguous().to("cpu", non_blocking=True) for tensor in outputs]
+        fetched: Any = self._mark()
+        input_s = time.perf_counter() - started
+
+        def result() -> BatchOutput:
+            fetched.synchronize()
+            return BatchOutput(
+                outputs={name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)},
+                input_s=input_s,
+                infer_s=copied.elapsed_time(inferred) / 1e3,
+                output_s=inferred.elapsed_time(fetched) / 1e3,
+            )
+
+        return result
+
+    # ------------------------------------------------------------------ before it serves
+
+    def _example(self, samples: int) -> dict[str, NDArray[Any]]:
+        if not _is_dynamic(self._info):
+            return {
+                spec.name: numpy.zeros((samples, *spec.shape), datatypes.NUMPY[spec.datatype])
+                for spec in self._info.inputs
+            }
+        return {
+            spec.name: numpy.repeat(self._examples[spec.name][:1], samples, axis=0)
+            for spec in self._info.inputs
+        }
+
+    @torch.inference_mode()
+    def _capture(self) -> None:
+        """Make a graph of each bucket, and see that it answers as the module does."""
+        assert self._cuda is not None
+        try:
+            for size in reversed(buckets(self._max_batch)):
+                inputs = [tensor[:size] for tensor in (*self._on_device, *self._state_in)]
+                with torch.cuda.stream(self._cuda):
+                    for tensor in inputs:
+                        if tensor.is_floating_point():
+                            tensor.uniform_()
+                    expected = [each.clone() for each in _as_tuple(self._network(*inputs))]
+                graph = _Graph(self._network, inputs, stream=self._cuda)
+                with torch.cuda.stream(self._cuda):
+                    torch.testing.assert_close(list(graph.replay()), expected)
+                self._graphs[size] = graph
+        except Exception as error:
+            self._graphs.clear()
+            logs.info("no_cuda_graphs", reason=f"{type(error).__name__}: {error}"[:300])
 
 
-def open_bundle(path: Path, *, device: str, threads: int, max_batch: int) -> TorchEngine:
+def open_bundle(
+    path: Path,
+    *,
+    device: torch.device,
+    max_batch: int,
+    max_streams: int = 0,
+    precision: str = FP32,
+    factories: Sequence[str] = (),
+) -> TorchEngine:
     """The engine of the bundle in `path`: verified, loaded, warmed up and tested.
 
-    `threads` as for `configure`. Raises bundle.BundleError, or StartupError for a device that
-    is not there or a model that fails its self-test.
+    `configure` comes first. Raises bundle.BundleError, or StartupError for a model that fails
+    its self-test.
     """
-    configure(threads=threads)
-    chosen = choose_device(device)
-    network = models.load_model(path)
+    network = models.load_model(path, factories=tuple(factories))
     info = ModelInfo.of(bundle.read_manifest(path), digest=bundle.digest(path))
-    traced = _traced(network, info, max_batch=max_batch) if chosen.type == "cpu" else None
-    if traced is not None:
-        network = traced
-    engine = TorchEngine(network, info=info, device=chosen, max_batch=max_batch)
+    samples = bundle.load_samples(path)
+    if precision == BF16:
+        network = _Rounded(network, info, device)
+    traced = None
+    if device.type == "cpu" and not _is_dynamic(info):
+        traced = _traced(network, info, max_batch=max_batch)
+    engine = TorchEngine(
+        network if traced is None else traced,
+        info=info,
+        device=device,
+        max_batch=max_batch,
+        max_streams=max_streams,
+        examples=golden.inputs_of(samples),
+    )
     engine.warm_up()
-    difference = engine.self_test(bundle.load_samples(path))
+    comparison = engine.self_test(samples, precision=precision)
     logs.info(
         "model_loaded",
         model=info.name,
         version=info.version,
         digest=info.digest,
-        max_abs_diff=difference,
-        forward="module" if traced is None else "traced",
+        precision=precision,
+        max_abs_diff=comparison.max_abs_diff,
+        classes_differ=comparison.classes_differ,
+        samples=len(next(iter(samples.values()))),
+        forward="traced" if traced is not None else "graphs" if engine.graphs else "module",
+        good_batch=engine.good_batch,
+        state_bytes=engine.state_bytes,
         **engine.description,
     )
     return engine
 
 
-def configure(*, threads: int) -> None:
+def configure(*, threads: int, precision: str = FP32) -> None:
     """Settings of torch that hold for the whole process.
 
     `threads` is the number of CPU threads; 0 stands for one per core that this process may use,
@@ -234,8 +498,28 @@ def configure(*, threads: int) -> None:
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) - 1))
     # Convolutions on a GPU would use TF32 by default, and answer differently from the third
     # digit on: https://docs.pytorch.org/docs/stable/notes/cuda.html#tf32-on-ampere
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = precision == TF32
+    torch.backends.cuda.matmul.allow_tf32 = precision == TF32
+
+
+class _Rounded(torch.nn.Module):
+    """The same network in bfloat16 where that is safe, with the outputs that were declared."""
+
+    def __init__(self, network: torch.nn.Module, info: ModelInfo, device: torch.device) -> None:
+        super().__init__()
+        self.network = network
+        self._type = device.type
+        self._dtypes = [_torch_dtype(spec) for spec in (*info.outputs, *info.state)]
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As the network's."""
+        # The cache of rounded weights would be dropped at each exit, and can't be traced.
+        with torch.autocast(self._type, dtype=torch.bfloat16, cache_enabled=False):
+            results = _as_tuple(self.network(*inputs))
+        return tuple(
+            tensor.to(dtype) if tensor.dtype is torch.bfloat16 and dtype is not None else tensor
+            for tensor, dtype in itertools.zip_longest(results, self._dtypes[: len(results)])
+        )
 
 
 def _traced(network: torch.nn.Module, info: ModelInfo, *, max_batch: int) -> torch.nn.Module | None:
@@ -246,7 +530,8 @@ def _traced(network: torch.nn.Module, info: ModelInfo, *, max_batch: int) -> tor
     this process only. Whatever depends on values, or on the size of a batch, can't be traced.
     """
     sizes = sorted({max_batch, min(2, max_batch), 1}, reverse=True)
-    examples = [[_example(spec, size) for spec in info.inputs] for size in sizes]
+    specs = (*info.inputs, *info.state)
+    examples = [[_random(spec, size) for spec in specs] for size in sizes]
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", DeprecationWarning)  # nothing else is as quick to load
@@ -261,11 +546,6 @@ def _traced(network: torch.nn.Module, info: ModelInfo, *, max_batch: int) -> tor
         logs.info("not_traced", reason=f"{type(error).__name__}: {error}"[:300])
         return None
     return traced
-
-
-def _example(spec: bundle.TensorSpec, samples: int) -> torch.Tensor:
-    zeros = torch.from_numpy(_zeros(spec, samples))
-    return torch.rand_like(zeros) if zeros.is_floating_point() else zeros
 
 
 def choose_device(device: str) -> torch.device:
@@ -298,9 +578,60 @@ def good_batch(seconds: Mapping[int, float]) -> int:
     return min(size for size, duration in seconds.items() if duration / size <= best * _GOOD_ENOUGH)
 
 
-def _torch_dtype(datatype: str) -> torch.dtype:
+def _check(tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec], samples: int) -> None:
+    for spec, tensor in zip(specs, tensors, strict=True):
+        shape = tuple(tensor.shape)
+        if (
+            tensor.dtype != _torch_dtype(spec)
+            or shape[:1] != (samples,)
+            or not shape_fits(shape[1:], spec.shape)
+        ):
+            raise ValueError(
+                f"the model returned {spec.name!r} as {str(tensor.dtype).removeprefix('torch.')} "
+                f"of shape {list(shape)}, its bundle says {spec.datatype} of {list(spec.shape)} "
+                f"a sample, for {samples} samples"
+            )
+
+
+def _copied(array: NDArray[Any]) -> NDArray[Any]:
+    """A copy, with the GIL held unless it is a large one; see `_Host.fill`."""
+    if array.nbytes > _JOINED_BYTES:
+        return array.copy()
+    return numpy.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+
+def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _is_dynamic(info: ModelInfo) -> bool:
+    return any(DYNAMIC in spec.shape for spec in info.inputs)
+
+
+@contextlib.contextmanager
+def _on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
+    if stream is None:
+        yield
+        return
+    with torch.cuda.stream(stream):
+        yield
+
+
+@functools.cache
+def _dtype_of(datatype: str) -> torch.dtype:
     return torch.from_numpy(numpy.empty(0, datatypes.NUMPY[datatype])).dtype
 
 
-def _zeros(spec: bundle.TensorSpec, samples: int) -> NDArray[Any]:
-    return numpy.zeros((samples, *spec.shape), datatypes.NUMPY[spec.datatype])
+def _torch_dtype(spec: TensorSpec) -> torch.dtype:
+    return _dtype_of(spec.datatype)
+
+
+def _zeros(specs: Sequence[TensorSpec], rows: int, device: torch.device) -> list[torch.Tensor]:
+    return [
+        torch.zeros((rows, *spec.shape), dtype=_torch_dtype(spec), device=device) for spec in specs
+    ]
+
+
+def _random(spec: TensorSpec, samples: int) -> torch.Tensor:
+    zeros = torch.zeros((samples, *spec.shape), dtype=_torch_dtype(spec))
+    return torch.rand_like(zeros) if zeros.is_floating_point() else zeros

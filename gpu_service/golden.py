@@ -17,12 +17,20 @@ from gpu_service import bundle
 # last bits; a damaged or wrong model is off by far more.
 MAX_ABS_DIFF = 1e-3
 
+# Two scores this close, relative to the greatest, are a tie: the last bits choose between them.
+_TIE = 1e-5
+
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """`max_abs_diff` over all outputs, and what is wrong with them (None: nothing)."""
+    """What was found over all outputs, and what is wrong with them (None: nothing).
+
+    `max_abs_diff` is of floating point outputs, `classes_differ` the greatest share of classes
+    or integers that differ in one output, 0 to 1.
+    """
 
     max_abs_diff: float
     problem: str | None
+    classes_differ: float = 0.0
 
 
 def inputs_of(samples: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -41,28 +49,92 @@ def one_by_one(samples: Mapping[str, NDArray[Any]]) -> list[dict[str, NDArray[An
     return [{name: array[n : n + 1] for name, array in inputs.items()} for n in range(total)]
 
 
-def compare(outputs: Mapping[str, NDArray[Any]], samples: Mapping[str, NDArray[Any]]) -> Comparison:
+def compare(
+    outputs: Mapping[str, NDArray[Any]],
+    samples: Mapping[str, NDArray[Any]],
+    *,
+    max_abs_diff: float = MAX_ABS_DIFF,
+    classes_may_differ: float = 0.0,
+) -> Comparison:
     """Outputs [n, …] by name against the expected ones in `samples`: each value, and the class.
 
-    An output passes when no value is off by more than MAX_ABS_DIFF and, where it has a last
-    axis to choose from, every sample has the same greatest value.
+    An output of floating point passes when no value is off by more than `max_abs_diff` (in
+    proportion to the greatest expected one, where that is above 1), and when the greatest value
+    along its last axis is the same one but for a share of `classes_may_differ`. One of integers
+    or booleans passes when they are equal, but for that share.
     """
-    worst = 0.0
-    problems = []
-    for key, expected in samples.items():
-        if not key.startswith(bundle.EXPECTED):
-            continue
-        name = key.removeprefix(bundle.EXPECTED)
-        output = outputs.get(name)
-        if output is None or output.shape != expected.shape:
-            got = "nothing" if output is None else f"shape {list(output.shape)}"
-            problems.append(f"output {name!r}: expected shape {list(expected.shape)}, got {got}")
-            continue
-        diff = float(numpy.abs(output.astype("f8") - expected.astype("f8")).max(initial=0.0))
-        worst = max(worst, diff)
-        if not diff <= MAX_ABS_DIFF:  # so written, NaN is a problem too
-            problems.append(f"output {name!r} is off by {diff:.3g}, allowed is {MAX_ABS_DIFF:g}")
-        elif expected.ndim > 1 and (output.argmax(-1) != expected.argmax(-1)).any():
-            differ = output.argmax(-1) != expected.argmax(-1)
-            problems.append(f"output {name!r}: {differ.sum()} of {differ.size} classes differ")
-    return Comparison(max_abs_diff=worst, problem="; ".join(problems) or None)
+    found = [
+        _compare_one(
+            name.removeprefix(bundle.EXPECTED),
+            outputs.get(name.removeprefix(bundle.EXPECTED)),
+            expected,
+            max_abs_diff=max_abs_diff,
+            classes_may_differ=classes_may_differ,
+        )
+        for name, expected in samples.items()
+        if name.startswith(bundle.EXPECTED)
+    ]
+    problems = [one.problem for one in found if one.problem]
+    return Comparison(
+        # numpy's max, because Python's passes over NaN
+        max_abs_diff=float(numpy.max([one.max_abs_diff for one in found], initial=0.0)),
+        problem="; ".join(problems) or None,
+        classes_differ=max((one.classes_differ for one in found), default=0.0),
+    )
+
+
+def _compare_one(
+    name: str,
+    output: NDArray[Any] | None,
+    expected: NDArray[Any],
+    *,
+    max_abs_diff: float,
+    classes_may_differ: float,
+) -> Comparison:
+    if output is None or output.shape != expected.shape:
+        got = "nothing" if output is None else f"shape {list(output.shape)}"
+        return _wrong(f"output {name!r}: expected shape {list(expected.shape)}, got {got}")
+    if output.dtype != expected.dtype:
+        return _wrong(f"output {name!r}: expected {expected.dtype}, got {output.dtype}")
+    diff, problem = 0.0, None
+    if expected.dtype.kind == "f":
+        diff, allowed = _difference(output, expected), max_abs_diff * max(1.0, _scale(expected))
+        if not diff <= allowed:  # so written, NaN is a problem too
+            problem = f"output {name!r} is off by {diff:.3g}, allowed is {allowed:.3g}"
+        differ, what = _classes_differ(output, expected), "classes"
+    else:
+        differ, what = output != expected, "values"
+    share = float(differ.mean()) if differ.size else 0.0
+    if not problem and share > classes_may_differ:
+        problem = f"output {name!r}: {differ.sum()} of {differ.size} {what} differ"
+    return Comparison(max_abs_diff=diff, problem=problem, classes_differ=share)
+
+
+def _wrong(problem: str) -> Comparison:
+    return Comparison(max_abs_diff=0.0, problem=problem)
+
+
+def _difference(output: NDArray[Any], expected: NDArray[Any]) -> float:
+    # Equal infinities, and NaN where NaN is expected, are no difference: models mask with them.
+    same = (output == expected) | (numpy.isnan(output) & numpy.isnan(expected))
+    wrong = ~same
+    difference = numpy.abs(output[wrong].astype("f8") - expected[wrong].astype("f8"))
+    return float(difference.max(initial=0.0))
+
+
+def _scale(expected: NDArray[Any]) -> float:
+    finite = expected[numpy.isfinite(expected)]
+    return float(numpy.abs(finite.astype("f8")).max(initial=0.0))
+
+
+def _classes_differ(output: NDArray[Any], expected: NDArray[Any]) -> NDArray[Any]:
+    """Whether another value is the greatest along the last axis, which is not a tie."""
+    if expected.ndim < 2:
+        return numpy.zeros(0, "?")
+    chosen, right = output.argmax(-1), expected.argmax(-1)
+    scores = [numpy.take_along_axis(expected, at[..., None], -1)[..., 0] for at in (chosen, right)]
+    with numpy.errstate(invalid="ignore"):  # infinity less infinity
+        behind = scores[1] - scores[0]
+    tie = behind <= _TIE * numpy.maximum(1.0, numpy.abs(scores[1]))
+    differ: NDArray[Any] = (chosen != right) & (scores[0] != scores[1]) & ~tie
+    return differ

@@ -61,6 +61,7 @@ def main(
     files: Sequence[tuple[str, Path]],
     json_file: Path | None,
     plot_file: Path | None,
+    token: str | None = None,
     output: TextIO = sys.stdout,
     progress: TextIO = sys.stderr,
 ) -> int:
@@ -71,12 +72,14 @@ def main(
     server.
     """
     inputs = _from_bundle(path) if path is not None else _from_files(files)
+    if path is not None:
+        plan = msgspec.structs.replace(plan, model=bundle.read_manifest(path).name)
     for file in (json_file, plot_file):
         if file is not None and not file.absolute().parent.is_dir():
             raise InputError(f"{file}: there is no such folder to write it to")
     loop_name, loop_factory = _loop()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        tally, interrupted = runner.run(_main(plan, inputs, progress=progress))
+        tally, interrupted = runner.run(_main(plan, inputs, token=token, progress=progress))
     report = load_report.report(plan, tally, event_loop=loop_name)
     print(load_report.table(report), file=output)
     if json_file is not None:
@@ -208,10 +211,12 @@ class PacedTurns(Turns):
 # ------------------------------------------------------------------------------ sending
 
 
-async def _main(plan: Plan, inputs: Sequence[Tensors], *, progress: TextIO) -> tuple[Tally, bool]:
+async def _main(
+    plan: Plan, inputs: Sequence[Tensors], *, token: str | None, progress: TextIO
+) -> tuple[Tally, bool]:
     _raise_descriptor_limit()
     async with contextlib.AsyncExitStack() as stack:
-        clients = await _connected(plan, stack)
+        clients = await _connected(plan, token, stack)
         tally = Tally(time.perf_counter_ns())
         cpu_ns = time.process_time_ns()
         display = asyncio.create_task(_display(plan, tally, progress))
@@ -226,13 +231,15 @@ async def _main(plan: Plan, inputs: Sequence[Tensors], *, progress: TextIO) -> t
     return tally, interrupted
 
 
-async def _connected(plan: Plan, stack: contextlib.AsyncExitStack) -> list[Client]:
+async def _connected(
+    plan: Plan, token: str | None, stack: contextlib.AsyncExitStack
+) -> list[Client]:
     at_once = asyncio.Semaphore(_OPENING_AT_ONCE)
 
     async def open_one() -> Client:
         async with at_once:
             # What is refused is to be seen, not to be smoothed over.
-            client = Client(plan.url, deadline_s=_DEADLINE_S, retry_refused=False)
+            client = Client(plan.url, deadline_s=_DEADLINE_S, retry_refused=False, token=token)
             return await stack.enter_async_context(client)
 
     opened = await asyncio.gather(
@@ -257,7 +264,7 @@ async def _send_all(
         under_way = min(len(clients) * _UNDER_WAY_PER_CONNECTION, most)
     cycled = itertools.cycle(inputs)
     tasks = [
-        asyncio.create_task(_send(client, turns, cycled, tally))
+        asyncio.create_task(_send(client, turns, cycled, tally, model=plan.model))
         for client in itertools.islice(itertools.cycle(clients), under_way)
     ]
     interrupted = False
@@ -283,11 +290,18 @@ async def _send_all(
     return interrupted
 
 
-async def _send(client: Client, turns: Turns, inputs: Iterator[Tensors], tally: Tally) -> None:
+async def _send(
+    client: Client,
+    turns: Turns,
+    inputs: Iterator[Tensors],
+    tally: Tally,
+    *,
+    model: str | None,
+) -> None:
     while (due_ns := await turns.next()) is not None:
         sent_ns = time.perf_counter_ns()
         try:
-            result = await client.infer(next(inputs))
+            result = await client.infer(next(inputs), model=model)
         except ClientError as error:
             tally.failed(_code(error), str(error), now_ns=time.perf_counter_ns())
             if not isinstance(error, InferenceError):

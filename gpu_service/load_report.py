@@ -38,6 +38,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     requests: int | None = None
     duration_s: float | None = None
     rate: float | None = None
+    model: str | None = None  # None: the default one of the server
 
     def __post_init__(self) -> None:
         if self.requests is None and self.duration_s is None:

@@ -8,6 +8,7 @@ import bisect
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import msgspec
 from prometheus_client import (
     CONTENT_TYPE_PLAIN_0_0_4,
     CollectorRegistry,
@@ -15,7 +16,12 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -35,6 +41,8 @@ class Reason(enum.StrEnum):
     MISMATCH = "mismatch"  # inputs, outputs or parameters that are not the model's
     TOO_LARGE = "too_large"  # more samples than a batch may have
     QUEUE_FULL = "queue_full"
+    RATE_LIMITED = "rate_limited"  # this client's own
+    STREAMS_FULL = "streams_full"  # no room for the state of one more sequence
     EXPIRED = "expired"
     CANCELLED = "cancelled"  # by a message
     DISCONNECTED = "disconnected"  # the client went away before its answer was ready
@@ -93,6 +101,17 @@ class Distribution:
         return buckets, self._sum
 
 
+class ModelFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """What is counted of one version of a model that is served."""
+
+    name: str
+    version: str
+    digest: str
+    requests_ok: int
+    queued_samples: int
+    sequences: int
+
+
 class _Collector(Collector):
     """Asks `collect` at each scrape."""
 
@@ -129,7 +148,8 @@ class Metrics:
         self.connections_refused = Number()
         self.in_flight = Number()
         self.ready = Number()
-        self._queued_samples: Callable[[], float] = lambda: 0
+        self._models: Callable[[], Sequence[ModelFigures]] = list
+        self._traces_dropped: Callable[[], int] = int
         self._registry.register(_Collector(self._collect))
 
     def ended(self, code: str, reason: Reason | None = None) -> None:
@@ -142,19 +162,21 @@ class Metrics:
         self,
         *,
         build: Mapping[str, str],
-        model: Mapping[str, str],
-        queued_samples: Callable[[], float],
+        models: Callable[[], Sequence[ModelFigures]],
+        traces_dropped: Callable[[], int] = int,
     ) -> None:
-        """Say once what runs here; `queued_samples` is asked at each scrape."""
+        """Say once what runs here; `models`, those that are served, is asked at each scrape."""
         Info("gpu_service_build", "What runs here.", registry=self._registry).info(dict(build))
-        Info("gpu_service_model", "The model served.", registry=self._registry).info(dict(model))
-        self._queued_samples = queued_samples
+        self._models = models
+        self._traces_dropped = traces_dropped
 
     def exposition(self) -> bytes:
         """All metrics as text, of type CONTENT_TYPE."""
         return generate_latest(self._registry)
 
     def _collect(self) -> Iterator[Metric]:
+        models = self._models()
+        yield from _of_models(models)
         requests = CounterMetricFamily(
             "gpu_service_requests",
             "Requests by how they ended: OK, or the code of their error.",
@@ -190,13 +212,45 @@ class Metrics:
         )
         yield CounterMetricFamily(
             "gpu_service_connections_refused",
-            "WebSocket connections refused, because there were too many or while draining.",
+            "Handshakes refused: full, draining, token, origin, or a client's own limit.",
             value=self.connections_refused.value,
+        )
+        yield CounterMetricFamily(
+            "gpu_service_traces_dropped",
+            "Requests that were to be traced and are not: the collector was slow or away.",
+            value=self._traces_dropped(),
         )
         for name, about, value in (
             ("connections", "Open WebSocket connections.", self.connections.value),
             ("in_flight_requests", "Requests received and not answered.", self.in_flight.value),
             ("ready", "1 while new requests are taken, else 0.", self.ready.value),
-            ("queued_samples", "Samples waiting for the device.", self._queued_samples()),
+            (
+                "queued_samples",
+                "Samples waiting for the device.",
+                sum(model.queued_samples for model in models),
+            ),
         ):
             yield GaugeMetricFamily(f"gpu_service_{name}", about, value=value)
+
+
+def _of_models(models: Sequence[ModelFigures]) -> Iterator[Metric]:
+    labels = ["model", "version"]
+    served = InfoMetricFamily("gpu_service_model", "The models served.")
+    requests = CounterMetricFamily(
+        "gpu_service_model_requests", "Requests that a version of a model answered.", labels=labels
+    )
+    queued = GaugeMetricFamily(
+        "gpu_service_model_queued_samples", "Samples waiting for it.", labels=labels
+    )
+    sequences = GaugeMetricFamily(
+        "gpu_service_model_sequences", "Sequences whose state it keeps.", labels=labels
+    )
+    for model in models:
+        of = [model.name, model.version]
+        served.add_metric(
+            [], {"name": model.name, "version": model.version, "digest": model.digest}
+        )
+        requests.add_metric(of, model.requests_ok)
+        queued.add_metric(of, model.queued_samples)
+        sequences.add_metric(of, model.sequences)
+    yield from (served, requests, queued, sequences)

@@ -41,11 +41,15 @@ class InputError(Exception):
 
 
 class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One sample to predict: inputs [1, …] by name; `truth` is its label, where known."""
+    """One sample to predict: inputs [1, …] by name; `truth` is its label, where known.
+
+    `model` is whom to ask; None: the worker's default.
+    """
 
     inputs: Tensors
     source: str
     truth: str | None = None
+    model: str | None = None
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,6 +94,7 @@ def main(
     files: Sequence[Path],
     count: int | None,
     as_json: bool = False,
+    token: str | None = None,
     output: TextIO = sys.stdout,
     standard_input: BinaryIO | None = None,
 ) -> int:
@@ -109,6 +114,7 @@ def main(
             files=files,
             count=count,
             printer=printer,
+            token=token,
             standard_input=standard_input or sys.stdin.buffer,
         )
     )
@@ -121,6 +127,7 @@ async def _main(
     files: Sequence[Path],
     count: int | None,
     printer: "_TablePrinter | _JsonPrinter",
+    token: str | None,
     standard_input: BinaryIO,
 ) -> int:
     if path is not None:
@@ -133,15 +140,18 @@ async def _main(
         raise InputError("there is not a single sample in what was given")
     total = count or len(samples)
     wanted = itertools.islice(itertools.cycle(samples), total)
-    return await _predict(url, wanted, total=total, labels=labels, printer=printer)
+    return await _predict(url, wanted, total=total, labels=labels, printer=printer, token=token)
 
 
 def _from_bundle(path: Path) -> tuple[list[Sample], list[str]]:
-    labels = list(bundle.read_manifest(path).labels)
+    manifest = bundle.read_manifest(path)
+    labels = list(manifest.labels)
     tensors = bundle.load_samples(path)
-    truths = [_name(labels, int(index)) for index in tensors[bundle.LABEL]]
+    truths: list[str | None] = [None] * len(next(iter(tensors.values())))
+    if bundle.LABEL in tensors:
+        truths = [_name(labels, int(index)) for index in tensors[bundle.LABEL]]
     samples = [
-        Sample(inputs=inputs, truth=truth, source=str(path))
+        Sample(inputs=inputs, truth=truth, source=str(path), model=manifest.name)
         for inputs, truth in zip(golden.one_by_one(tensors), truths, strict=True)
     ]
     return samples, labels
@@ -229,11 +239,12 @@ async def _predict(
     total: int,
     labels: Sequence[str],
     printer: "_TablePrinter | _JsonPrinter",
+    token: str | None,
 ) -> int:
     failed = 0
     async with contextlib.AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(Client(url, deadline_s=_DEADLINE_S))
+            await stack.enter_async_context(Client(url, deadline_s=_DEADLINE_S, token=token))
             for _ in range(min(_CONNECTIONS, total))
         ]
         printer.start()
@@ -252,7 +263,7 @@ async def _predict(
 
 async def _one(number: int, sample: Sample, client: Client, labels: Sequence[str]) -> Prediction:
     try:
-        result = await client.infer(sample.inputs)
+        result = await client.infer(sample.inputs, model=sample.model)
     except ClientError as error:
         return Prediction(sample=number, source=sample.source, truth=sample.truth, error=str(error))
     outputs = {name: array[0] for name, array in result.outputs.items()}

@@ -26,11 +26,14 @@ Scalar = str | int | float | bool  # what the value of a parameter may be
 
 _ALIGNMENT = 8
 _BINARY_SIZE = "binary_data_size"
+_INDEX = "response_index"
+_FINAL = "final"
 _HEADER_LENGTH = struct.Struct("<I")
 _MAX_MESSAGE_CHARS = 500
 _PADDING = bytes(_ALIGNMENT)
 _SPACES = b" " * _ALIGNMENT
 _WHITESPACE = b" \t\r\n"
+_NO_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
 
 _WIRE_DTYPES = frozenset(datatypes.NUMPY.values())
 
@@ -47,6 +50,7 @@ class ErrorCode(enum.StrEnum):
     INTERNAL = "INTERNAL"  # the model or the service failed on a valid request
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"  # its `timeout_ms` was over before it could start
     CANCELLED = "CANCELLED"  # as its client wished
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"  # this client's own share is used up
 
 
 class ProtocolError(Exception):
@@ -75,19 +79,25 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """A client's wish that its request of this id be forgotten."""
+    """A client's wish that its request of this id, or its whole sequence, be forgotten."""
 
-    id: str
+    id: str | None = None
+    sequence_id: str | int | None = None
 
 
 class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to one request. Every output includes the batch dimension: [n, …]."""
+    """An answer to one request. Every output includes the batch dimension: [n, …].
+
+    `index` and `final` are parameters on the wire.
+    """
 
     id: str | None
     model_name: str
     model_version: str
     outputs: Mapping[str, NDArray[Any]]
     parameters: Mapping[str, Scalar] = {}
+    index: int | None = None  # of many responses to one request; None: it is the only one
+    final: bool = True
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,6 +110,18 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     code: str
     message: str
     retry_after_ms: int | None = None
+
+
+class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a server says first to a client that asked for its sub-protocol.
+
+    `id` is the session's name in the logs of gateway and worker. `limits` are those of `GET /v2`.
+    """
+
+    id: str
+    worker: str = ""
+    limits: Mapping[str, Any] = {}
+    models: tuple[Mapping[str, str], ...] = ()
 
 
 class _Label(msgspec.Struct):
@@ -139,7 +161,8 @@ class _OutputName(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class _Cancel(msgspec.Struct, forbid_unknown_fields=True):
-    id: str
+    id: str | None = None
+    sequence_id: str | int | None = None
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True):
@@ -160,6 +183,7 @@ class _Error(msgspec.Struct):
 
 class _Reply(msgspec.Struct):
     id: str | None = None
+    session: SessionInfo | None = None
     error: _Error | None = None
     model_name: str = ""
     model_version: str = ""
@@ -203,6 +227,11 @@ def decode_message(message: str | bytes) -> Request | Cancel:
     here (see `signature`). Raises ProtocolError with INVALID_ARGUMENT, and with the request's
     id wherever that can still be read.
     """
+    opening = None if isinstance(message, str) else _opening(message)
+    if opening is not None and (form := _known_forms.get(opening[1])) is not None:
+        request = form.read(message, *opening)
+        if request is not None:
+            return request
     parts = _split(message)
     wire = _parse(parts.header, _request_decoder)
     if wire.id is not None and len(wire.id) > MAX_ID_CHARS:
@@ -210,7 +239,9 @@ def decode_message(message: str | bytes) -> Request | Cancel:
     if wire.cancel is not None:
         if wire.inputs is not None:
             raise _invalid("a message has either 'inputs' or 'cancel'", request_id=wire.id)
-        return Cancel(wire.cancel.id)
+        if (wire.cancel.id is None) == (wire.cancel.sequence_id is None):
+            raise _invalid("'cancel' needs either 'id' or 'sequence_id'", request_id=wire.id)
+        return Cancel(wire.cancel.id, wire.cancel.sequence_id)
     if wire.inputs is None:
         raise _invalid("not a message: it has no `inputs`", request_id=wire.id)
     outputs = None if wire.outputs is None else tuple(item.name for item in wire.outputs)
@@ -218,7 +249,7 @@ def decode_message(message: str | bytes) -> Request | Cancel:
         inputs = _tensors("inputs", wire.inputs, parts)
     except ProtocolError as error:
         raise _invalid(error.message, request_id=wire.id) from None
-    return Request(
+    request = Request(
         inputs=inputs,
         id=wire.id,
         model_name=wire.model_name,
@@ -227,12 +258,90 @@ def decode_message(message: str | bytes) -> Request | Cancel:
         parameters=wire.parameters,
         binary=parts.frame is not None,
     )
+    if opening is not None:
+        _remember(opening[1], request, wire.inputs)
+    return request
 
 
-def decode_reply(message: str | bytes) -> Response | Failure:
-    """What a server answered. Raises ProtocolError for anything that is not a reply."""
+class _Form:
+    """A header that came before, but for its id: what it says need not be read again."""
+
+    __slots__ = ("_like", "_size", "_tensors")
+
+    def __init__(self, like: Request, wires: Iterable[_Tensor]) -> None:
+        self._like = like
+        self._tensors: list[tuple[str, numpy.dtype[Any], int, tuple[int, ...]]] = []
+        offset = end = 0
+        for wire in wires:
+            dtype, count = datatypes.NUMPY[wire.datatype], math.prod(wire.shape)
+            self._tensors.append((wire.name, dtype, offset, tuple(wire.shape)))
+            end = offset + count * dtype.itemsize
+            offset = _aligned(end)
+        self._size = end
+
+    def read(self, frame: str | bytes, request_id: str, rest: bytes) -> Request | None:
+        """The request in `frame`; None where its tensors are not of the header's size."""
+        start = _aligned(_HEADER_LENGTH.size + len(_ID_FIRST) + len(request_id) + len(rest))
+        surplus = len(frame) - start - self._size
+        if surplus and not (0 < surplus < _ALIGNMENT and len(frame) % _ALIGNMENT == 0):
+            return None
+        inputs = {
+            name: numpy.ndarray(shape, dtype, frame, start + offset)  # type: ignore[arg-type]
+            for name, dtype, offset, shape in self._tensors
+        }
+        like = self._like
+        return Request(
+            inputs=inputs,
+            id=request_id,
+            model_name=like.model_name,
+            model_version=like.model_version,
+            outputs=like.outputs,
+            parameters=like.parameters,
+        )
+
+
+# By what follows their id. Most requests of a client have the same, so most are found here.
+_known_forms: dict[bytes, _Form] = {}
+_MOST_FORMS = 256
+_LONGEST_FORM = 1024
+_ID_FIRST = b'{"id":"'
+
+
+def _opening(frame: bytes) -> tuple[str, bytes] | None:
+    """The id that a frame's header begins with, and what follows it; None if not so plain."""
+    start = _HEADER_LENGTH.size + len(_ID_FIRST)
+    if frame[_HEADER_LENGTH.size : start] != _ID_FIRST:
+        return None
+    end = _HEADER_LENGTH.size + _HEADER_LENGTH.unpack_from(frame)[0]
+    if not start <= end <= min(len(frame), _LONGEST_FORM):
+        return None
+    quote_at = frame.find(b'"', start, end)
+    found = frame[start:quote_at]
+    if not 0 <= quote_at - start <= MAX_ID_CHARS or not found.isascii() or b"\\" in found:
+        return None
+    request_id = found.decode()
+    return (request_id, frame[quote_at:end]) if request_id.isprintable() else None
+
+
+def _remember(rest: bytes, request: Request, wires: Iterable[_Tensor]) -> None:
+    """Keep the form of a header, if it is one that tells all but the id."""
+    # A second id, maybe written with escapes, would be the one that counts. BOOLs are looked at.
+    if b'"id"' in rest or b"\\" in rest:
+        return
+    if any(array.dtype.kind == "b" or not array.nbytes for array in request.inputs.values()):
+        return
+    if len(_known_forms) >= _MOST_FORMS:
+        _known_forms.clear()
+    # Without the tensors, which would keep the frame.
+    _known_forms[rest] = _Form(msgspec.structs.replace(request, inputs={}), wires)
+
+
+def decode_reply(message: str | bytes) -> Response | Failure | SessionInfo:
+    """What a server answered, or said first. Raises ProtocolError for anything else."""
     parts = _split(message)
     wire = _parse(parts.header, _reply_decoder)
+    if wire.session is not None:
+        return wire.session
     if wire.error is not None:
         return Failure(
             id=wire.id,
@@ -249,8 +358,17 @@ def decode_reply(message: str | bytes) -> Response | Failure:
         model_name=wire.model_name,
         model_version=wire.model_version,
         outputs=outputs,
-        parameters=wire.parameters,
+        **_split_parameters(wire.parameters),
     )
+
+
+def _split_parameters(parameters: dict[str, Scalar]) -> dict[str, Any]:
+    index, final = parameters.pop(_INDEX, None), parameters.pop(_FINAL, True)
+    return {
+        "parameters": parameters,
+        "index": index if isinstance(index, int) and not isinstance(index, bool) else None,
+        "final": final is not False,
+    }
 
 
 def _invalid(message: str, *, request_id: str | None = None) -> ProtocolError:
@@ -356,18 +474,34 @@ def _from_json(name: _Label, wire: _Tensor, dtype: numpy.dtype[Any]) -> NDArray[
             f"{name}: data is nested {depth} deep; allowed is a flat list, or one list per "
             f"dimension of shape {wire.shape}"
         )
+    data = bytes(wire.data)
+    if depth > 1:
+        if not _is_nested_as(wire.shape, data):
+            raise _invalid(f"{name}: data is not nested as shape {wire.shape} says")
+        # Without the inner lists: each would become an object of its own, larger than its text.
+        data = b"[" + data.translate(None, b"[]") + b"]" if math.prod(wire.shape) else b"[]"
     try:
-        values = _values_decoder(dtype.kind, depth).decode(wire.data)
+        values = _values_decoder(dtype.kind).decode(data)
         with numpy.errstate(over="raise"):
             array: NDArray[Any] = numpy.array(values, dtype)
     except (*_JSON_ERRORS, OverflowError, FloatingPointError) as error:
         raise _invalid(f"{name}: data does not fit {wire.datatype}: {error}") from None
-    if array.size != math.prod(wire.shape) or (depth > 1 and array.shape != tuple(wire.shape)):
+    if array.size != math.prod(wire.shape):
         raise _invalid(
-            f"{name}: shape {wire.shape} has {math.prod(wire.shape)} values, data has "
-            f"{array.size} in shape {list(array.shape)}"
+            f"{name}: shape {wire.shape} has {math.prod(wire.shape)} values, data has {array.size}"
         )
     return array.reshape(wire.shape)
+
+
+def _is_nested_as(shape: list[int], data: bytes) -> bool:
+    """Whether the brackets and commas of `data`, which is valid JSON, are those of `shape`."""
+    found = data.translate(None, _NO_STRUCTURE)
+    expected = b""
+    for size in reversed(shape):
+        if size * (len(expected) + 1) > len(found):
+            return False  # before anything is made that is larger than the message
+        expected = b"[" + ((b"," + expected) * size)[1:] + b"]"
+    return found == expected
 
 
 def _depth(data: memoryview | msgspec.Raw) -> int:
@@ -384,12 +518,10 @@ def _depth(data: memoryview | msgspec.Raw) -> int:
 
 
 @functools.cache
-def _values_decoder(kind: str, depth: int) -> "msgspec.json.Decoder[Any]":
+def _values_decoder(kind: str) -> "msgspec.json.Decoder[Any]":
     # Typed, because numpy alone would take "1" for 1.0, null for NaN and 1.5 for the int 1.
     values: Any = {"b": bool, "i": int, "u": int, "f": float}[kind]
-    for _ in range(depth):
-        values = list[values]
-    return msgspec.json.Decoder(values)
+    return msgspec.json.Decoder(list[values])
 
 
 # ------------------------------------------------------------------------------ encoding
@@ -423,19 +555,32 @@ def encode_cancel(request_id: str) -> bytes:
     return _json({"cancel": {"id": request_id}})
 
 
+def encode_cancel_sequence(sequence_id: str | int) -> bytes:
+    """The UTF-8 of a text frame that drops what is under way of a sequence, and ends it."""
+    return _json({"cancel": {"sequence_id": sequence_id}})
+
+
+def encode_session(info: SessionInfo) -> bytes:
+    """The UTF-8 of the text frame that begins a session."""
+    return _json({"session": info})
+
+
 def encode_response(response: Response, *, binary: bool) -> bytes:
     """One message, binary or the UTF-8 of a text frame.
 
     Raises ProtocolError for NaN and infinities in text, which JSON cannot carry.
     """
-    if not binary:
+    if not binary or response.index is not None:
+        parameters = dict(response.parameters)
+        if response.index is not None:
+            parameters |= {_INDEX: response.index, _FINAL: response.final}
         header: dict[str, Any] = {
             "id": response.id,
             "model_name": response.model_name,
             "model_version": response.model_version,
-            "parameters": response.parameters,
+            "parameters": parameters,
         }
-        return _encode(header, "outputs", response.outputs, binary=False)
+        return _encode(header, "outputs", response.outputs, binary=binary)
     arrays = [_on_wire(f"outputs: {name}", array) for name, array in response.outputs.items()]
     rest = _rest_of_header(
         response.model_name,
@@ -472,6 +617,39 @@ def _rest_of_header(
         "outputs": outputs,
     }
     return b"," + _json(header)[1:]
+
+
+class ReplyForm:
+    """Encodes binary replies of one model as `encode_response`, at a fraction of its cost.
+
+    Most replies of a model differ by their id and values alone.
+    """
+
+    def __init__(
+        self, *, model_name: str, model_version: str, parameters: Mapping[str, Scalar]
+    ) -> None:
+        self._model = (model_name, model_version)
+        self._parameters = tuple(parameters.items())
+        self._rests: dict[Any, bytes] = {}
+
+    def encode(self, request_id: str | None, outputs: Mapping[str, NDArray[Any]]) -> bytes:
+        """One binary message; raises ProtocolError as `encode_response`."""
+        key = tuple([(name, array.shape, array.dtype) for name, array in outputs.items()])
+        rest = self._rests.get(key)
+        arrays: Iterable[NDArray[Any]] = outputs.values()
+        if rest is None or not all(array.flags.c_contiguous for array in arrays):
+            arrays = [_on_wire(f"outputs: {name}", array) for name, array in outputs.items()]
+            rest = _rest_of_header(
+                *self._model,
+                self._parameters,
+                tuple(outputs),
+                tuple([(array.shape, array.dtype) for array in arrays]),
+            )
+            if len(self._rests) >= _MOST_FORMS:
+                self._rests.clear()
+            if all(array.dtype in _WIRE_DTYPES and array.ndim for array in outputs.values()):
+                self._rests[key] = rest
+        return _framed(b'{"id":' + _encoder.encode(request_id) + rest, arrays)
 
 
 def encode_failure(failure: Failure, *, binary: bool) -> bytes:
@@ -521,7 +699,7 @@ def _values(name: str, array: NDArray[Any]) -> list[Any]:
     return values
 
 
-def _json(header: dict[str, Any] | str | None) -> bytes:
+def _json(header: Mapping[str, Any] | str | None) -> bytes:
     try:
         return _encoder.encode(header)
     except UnicodeError as error:  # an unpaired surrogate in a name of the caller's

@@ -4,7 +4,7 @@ Pure: a request target and the worker's state in, an answer out. The server does
 """
 
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -31,30 +31,19 @@ class Routes:
     def __init__(
         self,
         *,
-        model: ModelInfo,
+        models: Callable[[], Sequence[ModelInfo]],
         server: Mapping[str, Any],
         is_ready: Callable[[], bool],
         metrics: Callable[[], bytes],
     ) -> None:
-        models = [{"name": model.name, "version": model.version, "digest": model.digest}]
-        described = _json(200, {**server, "models": models})
-        metadata = _json(200, signature.metadata(model))
-
-        def ready() -> Answer:
-            is_so = is_ready()
-            return _json(200 if is_so else 503, {"ready": is_so})
-
-        at = f"/v2/models/{model.name}"
-        at_version = f"{at}/versions/{model.version}"
+        self._models = models
+        self._server = server
+        self._is_ready = is_ready
         self._table: dict[str, Callable[[], Answer]] = {
             "/metrics": lambda: Answer(200, METRICS_TYPE, metrics()),
-            "/v2": lambda: described,
+            "/v2": self._described,
             "/v2/health/live": lambda: _json(200, {"live": True}),
-            "/v2/health/ready": ready,
-            at: lambda: metadata,
-            at_version: lambda: metadata,
-            f"{at}/ready": ready,
-            f"{at_version}/ready": ready,
+            "/v2/health/ready": self._ready,
         }
 
     def answer(self, target: str, *, upgrade: bool) -> Answer | None:
@@ -66,12 +55,41 @@ class Routes:
         path = urllib.parse.unquote(target.partition("?")[0]).rstrip("/")
         if path in self._table:
             return self._table[path]()
-        if path.startswith("/v2/") and not upgrade:
+        found = self._of_model(path) if path.startswith("/v2/models/") else None
+        if found is None and path.startswith("/v2/") and not upgrade:
             return refusal(404, ErrorCode.NOT_FOUND, f"nothing at {path[:200]}")
+        return found
+
+    def _described(self) -> Answer:
+        models = [
+            {"name": model.name, "version": model.version, "digest": model.digest}
+            for model in self._models()
+        ]
+        return _json(200, {**self._server, "models": models})
+
+    def _ready(self) -> Answer:
+        is_so = self._is_ready()
+        return _json(200 if is_so else 503, {"ready": is_so})
+
+    def _of_model(self, path: str) -> Answer | None:
+        """What there is at `/v2/models/NAME[/versions/VERSION][/ready]`."""
+        match path.removeprefix("/v2/models/").split("/"):
+            case [name, "versions", version, *rest]:
+                wanted: str | None = version
+            case [name, *rest]:
+                wanted = None
+        versions = [model for model in self._models() if model.name == name]
+        chosen = [model for model in versions if wanted in (None, model.version)]
+        if chosen and rest == ["ready"]:
+            return self._ready()
+        if chosen and not rest:
+            described = signature.metadata(chosen[0])
+            described["versions"] = [model.version for model in versions]
+            return _json(200, described)
         return None
 
 
-def refusal(status: int, code: ErrorCode, message: str) -> Answer:
+def refusal(status: int, code: str, message: str) -> Answer:
     """An error in the form that errors have on the WebSocket, too."""
     return _json(status, {"error": {"code": code, "message": message}})
 

@@ -12,7 +12,9 @@ read either, until the keepalive closes it.
 import asyncio
 import os
 import struct
+import time
 from collections.abc import Callable
+from http import HTTPStatus
 from typing import Protocol, cast
 
 import msgspec
@@ -22,8 +24,8 @@ from websockets.http11 import Response as HttpResponse
 from websockets.protocol import CONNECTING, OPEN
 from websockets.server import ServerProtocol
 
-from gpu_service.batching import Ticket
-from gpu_service.service import InFlight, Service
+from gpu_service.admission import Client, Visitor
+from gpu_service.service import Connection, Service
 
 try:
     from websockets.speedups import apply_mask
@@ -35,6 +37,13 @@ _WRITE_LIMIT_BYTES = 65536
 
 _OPEN_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 5.0
+
+# Frames of one client between two looks at all the others: each may cost as much as an answer.
+_FRAMES_PER_TURN = 256
+_TURN = range(_FRAMES_PER_TURN)
+
+# As nginx bounds it by default: the core would keep 128 lines of 8 KiB.
+_MOST_REQUEST_BYTES = 32768
 
 # A frame's first two bytes (RFC 6455, 5.2): final, no extension; masked, as from a client.
 _WHOLE_TEXT = 0x81
@@ -59,6 +68,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 
     max_in_flight: int
     max_message_bytes: int
+    max_fragments: int
     ping_interval_s: float
     ping_timeout_s: float
 
@@ -66,14 +76,22 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
 class Host(Protocol):
     """The server, as its connections see it."""
 
-    def respond(self, request: HttpRequest, core: ServerProtocol) -> HttpResponse:
-        """The answer to a handshake or to a plain HTTP request."""
+    def respond(
+        self, request: HttpRequest, core: ServerProtocol, session: "Session"
+    ) -> HttpResponse:
+        """The answer to a handshake or to a plain HTTP request; gives sessions their visitor."""
 
     def connected(self, session: "Session") -> None:
         """A TCP connection is there."""
 
-    def opened(self, session: "Session") -> None:
-        """It has become a WebSocket."""
+    def opened(self, session: "Session") -> Client | None:
+        """It has become a WebSocket. Returns what counts its requests, None for nothing."""
+
+    def greeting(self, session: "Session") -> bytes | None:
+        """The text that begins a session whose client asked for the sub-protocol."""
+
+    def over_rate(self, message: str | bytes, wait_s: float) -> bytes | None:
+        """The refusal of a request that came too soon; None for what is not one."""
 
     def lost(self, session: "Session") -> None:
         """The TCP connection is gone."""
@@ -82,13 +100,50 @@ class Host(Protocol):
 class Session(asyncio.Protocol):
     """Serves one connection; a `service.Caller`."""
 
+    # There may be tens of thousands; and beyond 30 attributes Python looks them up slowly.
+    __slots__ = (
+        "_bytes_received",
+        "_bytes_sent",
+        "_client",
+        "_core",
+        "_draining",
+        "_fragments",
+        "_held",
+        "_host",
+        "_is_closing",
+        "_is_lost",
+        "_is_open",
+        "_limits",
+        "_loop",
+        "_made_at",
+        "_message",
+        "_message_is_text",
+        "_messages",
+        "_owed",
+        "_ping",
+        "_reading_paused",
+        "_request_bytes",
+        "_request_tail",
+        "_requests",
+        "_timer",
+        "_transport",
+        "_unanswered",
+        "_unread",
+        "_writing_paused",
+        "is_surplus",
+        "visitor",
+    )
+
     def __init__(
         self, *, host: Host, service: Service, core: ServerProtocol, limits: Limits
     ) -> None:
         self._host = host
-        self._service = service
         self._core = core
         self._limits = limits
+        self._requests: Connection = service.connect(self)
+        self.visitor: Visitor | None = None  # who it serves, once admitted
+        self.is_surplus = False  # one more than there may be: closed as soon as it is open
+        self._client: Client | None = None  # what its requests are counted by, if they are
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
@@ -99,17 +154,44 @@ class Session(asyncio.Protocol):
         self._unread = b""  # came, but was not looked at: less than a frame's head, or paused
         self._owed = 0  # bytes of a frame whose beginning the core has
         self._request_tail = b""  # of what there is of the HTTP request
+        self._request_bytes = 0  # of it so far
         self._is_closing = False
         self._message: bytearray | None = None  # the fragments so far of a message
         self._message_is_text = False
+        self._fragments = 0  # frames so far of that message
         self._reading_paused = False
         self._ping: bytes | None = None  # the payload of a ping that is not answered
         # Writing.
         self._writing_paused = False
         self._unanswered = 0  # messages taken whose reply is not written yet
         self._held = 0  # those of them whose reply waits in the transport
-        self._tickets: dict[Ticket[InFlight], None] = {}  # those that wait for the device
-        self._ids: dict[str, Ticket[InFlight]] = {}
+        # For the log.
+        self._made_at = time.monotonic()
+        self._messages = 0
+        self._bytes_received = 0
+        self._bytes_sent = 0
+
+    @property
+    def peer(self) -> str:
+        """The address at the other end of the TCP connection; "" for a Unix socket."""
+        peer = self._transport.get_extra_info("peername")
+        return str(peer[0]) if isinstance(peer, tuple) else ""
+
+    def summary(self) -> dict[str, str | int | float]:
+        """What there is to say of a session that has ended."""
+        core = self._core
+        # The first one that was sent, and who sent it. Without any, the connection was lost.
+        by_server = core.close_sent is not None and not core.close_rcvd_then_sent
+        close = core.close_sent if by_server else core.close_rcvd
+        return {
+            "code": int(CloseCode.ABNORMAL_CLOSURE if close is None else close.code),
+            "reason": "" if close is None else close.reason,
+            "closed_by": "nobody" if close is None else "server" if by_server else "client",
+            "duration_s": round(time.monotonic() - self._made_at, 3),
+            "requests": self._messages,
+            "bytes_received": self._bytes_received,
+            "bytes_sent": self._bytes_sent,
+        }
 
     def drain(self) -> None:
         """Take no more, answer what was taken, close with 1012.
@@ -132,16 +214,27 @@ class Session(asyncio.Protocol):
 
     # ------------------------------------------------------------------ service.Caller
 
-    def in_flight(self, request_id: str) -> Ticket[InFlight] | None:
-        """The request of this id that waits for the device."""
-        return self._ids.get(request_id)
+    @property
+    def request_id(self) -> str:
+        """The session's name in logs and traces; "" before it was admitted."""
+        return "" if self.visitor is None else self.visitor.request_id
 
-    def answer(self, payload: bytes, *, binary: bool, ticket: Ticket[InFlight] | None) -> None:
+    @property
+    def trace_parent(self) -> str | None:
+        """What the handshake's `traceparent` said."""
+        return None if self.visitor is None else self.visitor.trace_parent
+
+    @property
+    def is_clogged(self) -> bool:
+        """Whether replies wait because the client does not read them."""
+        return self._writing_paused
+
+    def answer(self, payload: bytes, *, binary: bool, final: bool) -> None:
         """Write a reply."""
-        if ticket is not None:
-            self._forget(ticket)
         if self._core.state is OPEN:
             self._write(payload, _WHOLE_BINARY if binary else _WHOLE_TEXT)
+        if not final:
+            return
         if self._writing_paused:
             self._held += 1
         else:
@@ -164,6 +257,7 @@ class Session(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the event loop."""
+        self._bytes_received += len(data)
         self._unread = self._unread + data if self._unread else data
         self._advance()
 
@@ -179,10 +273,7 @@ class Session(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None  # it refers back to this object
-        for ticket in self._tickets:
-            self._service.cancel(ticket)
-        self._tickets.clear()
-        self._ids.clear()
+        self._requests.close()
         self._unread = b""
         self._host.lost(self)
 
@@ -195,6 +286,7 @@ class Session(asyncio.Protocol):
         self._writing_paused = False
         self._unanswered -= self._held
         self._held = 0
+        self._requests.unclog()
         self._settle()
 
     # ------------------------------------------------------------------ reading
@@ -202,10 +294,17 @@ class Session(asyncio.Protocol):
     def _advance(self) -> None:
         """Look at what came, frame by frame, until it is at an end or too much is unanswered."""
         data, at = self._unread, 0
+        size = len(data)
         self._unread = b""
-        while at < len(data):
+        for _ in _TURN:
+            if at == size:
+                return
             if self._core.state is CONNECTING:
                 end = at + self._rest_of_request(data[at:])
+                self._request_bytes += end - at
+                if self._request_bytes > _MOST_REQUEST_BYTES and not self._core.eof_sent:
+                    self._refuse_request()
+                    return
                 self._feed(data[at:end])
                 at = end
                 continue
@@ -217,7 +316,7 @@ class Session(asyncio.Protocol):
                 self._unread = data[at:]
                 return
             if self._owed:
-                end = min(at + self._owed, len(data))
+                end = min(at + self._owed, size)
                 self._owed -= end - at
                 self._feed(data[at:end])
                 at = end
@@ -229,7 +328,7 @@ class Session(asyncio.Protocol):
             start, end = at + head, at + head + length
             if (
                 first in (_WHOLE_BINARY, _WHOLE_TEXT)
-                and end <= len(data)
+                and end <= size
                 and data[at + 1] & _MASKED
                 and length <= self._limits.max_message_bytes
                 and self._message is None
@@ -238,9 +337,13 @@ class Session(asyncio.Protocol):
                 self._take(payload, is_text=first == _WHOLE_TEXT)
                 at = end
             else:
-                self._owed = max(0, end - len(data))
+                self._owed = max(0, end - size)
                 self._feed(data[at:end])
-                at = end
+                at = min(end, size)
+        if at < size:
+            self._unread = data[at:]
+            self._pause_reading()
+            self._loop.call_soon(self._settle)
 
     def _rest_of_request(self, data: bytes) -> int:
         """How many bytes of `data` belong to the HTTP request: frames may follow at once."""
@@ -250,6 +353,15 @@ class Session(asyncio.Protocol):
         if end < 0:
             return len(data)
         return end + len(_END_OF_REQUEST) - (len(seen) - len(data))
+
+    def _refuse_request(self) -> None:
+        self._core.send_response(
+            self._core.reject(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"A request may have {_MOST_REQUEST_BYTES} bytes before its body.\n",
+            )
+        )
+        self._flush()
 
     def _feed(self, data: bytes) -> None:
         """Have the core judge it, and do what it says."""
@@ -263,11 +375,22 @@ class Session(asyncio.Protocol):
         self._flush()
 
     def _on_request(self, request: HttpRequest) -> None:
-        self._core.send_response(self._host.respond(request, self._core))
-        if self._core.state is OPEN:
+        self._core.send_response(self._host.respond(request, self._core, self))
+        if self._core.state is OPEN and self.is_surplus:
+            self._flush()  # the answer to the handshake comes first
+            self.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
+        elif self._core.state is OPEN:
             self._is_open = True
             self._set_timer(self._limits.ping_interval_s, self._send_ping)
-            self._host.opened(self)
+            self._client = self._host.opened(self)
+            if self._core.subprotocol is not None:
+                self._greet()
+
+    def _greet(self) -> None:
+        greeting = self._host.greeting(self)
+        if greeting is not None:
+            self._flush()  # the answer to the handshake comes first
+            self._write(greeting, _WHOLE_TEXT)
 
     def _on_frame(self, frame: Frame) -> None:
         match frame.opcode:
@@ -280,13 +403,25 @@ class Session(asyncio.Protocol):
             case Opcode.TEXT | Opcode.BINARY:
                 self._message = bytearray(frame.data)
                 self._message_is_text = frame.opcode is Opcode.TEXT
+                self._fragments = 1
             case Opcode.CONT:
                 assert self._message is not None
+                self._fragments += 1
+                if self._fragments > self._limits.max_fragments:
+                    self._fail_for_fragments()
+                    return
                 self._message += frame.data
         if frame.fin and frame.opcode in (Opcode.TEXT, Opcode.BINARY, Opcode.CONT):
             message, self._message = self._message, None
             assert message is not None
             self._take(bytes(message), is_text=self._message_is_text)
+
+    def _fail_for_fragments(self) -> None:
+        self._message = None
+        most = self._limits.max_fragments
+        reason = f"a message of more than {most} frames; send it in fewer"
+        self._core.fail(CloseCode.POLICY_VIOLATION, reason)
+        self._flush()
 
     def _take(self, payload: bytes, *, is_text: bool) -> None:
         if self._draining or self._core.state is not OPEN:
@@ -300,18 +435,13 @@ class Session(asyncio.Protocol):
                 self._flush()
                 return
         self._unanswered += 1
-        ticket = self._service.receive(message, self)
-        if ticket is not None:
-            self._tickets[ticket] = None
-            request_id = ticket.payload.request.id
-            if request_id is not None:
-                self._ids[request_id] = ticket
-
-    def _forget(self, ticket: Ticket[InFlight]) -> None:
-        self._tickets.pop(ticket, None)
-        request_id = ticket.payload.request.id
-        if request_id is not None:
-            self._ids.pop(request_id, None)
+        self._messages += 1
+        if self._client is not None and (wait_s := self._client.take()):
+            refusal = self._host.over_rate(message, wait_s)
+            if refusal is not None:
+                self.answer(refusal, binary=not is_text, final=True)
+                return
+        self._requests.receive(message)
 
     def _pause_reading(self) -> None:
         if not self._reading_paused and not self._is_lost:
@@ -336,6 +466,7 @@ class Session(asyncio.Protocol):
 
     def _write(self, payload: bytes, first: int) -> None:
         length = len(payload)
+        self._bytes_sent += length
         if length < _LENGTH_IN_2:
             head = bytes((first, length))
         elif length < 1 << 16:

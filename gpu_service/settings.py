@@ -7,8 +7,9 @@ Pure: reads what it is handed, touches nothing.
 import argparse
 import dataclasses
 import difflib
+import ipaddress
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,47 @@ def _about(
     at_least: float | None = None,
     at_most: float | None = None,
     pattern: str | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """What help, reference and checks need to know; `pattern` is for the whole of a text."""
+    """What help, reference and checks need to know; `pattern` is for the whole of a text.
+
+    `check` raises ValueError for each text of a comma-separated list that is not allowed.
+    """
     return {
         "about": about,
         "unit": unit,
         "at_least": at_least,
         "at_most": at_most,
         "pattern": pattern,
+        "check": check,
     }
+
+
+def _check_factory(text: str) -> None:
+    name = r"[^\W\d]\w*"
+    if not re.fullmatch(rf"{name}(\.{name})*(:{name})?", text):
+        raise ValueError("not package.module or package.module:factory")
+
+
+def _check_cpus(text: str) -> None:
+    if not re.fullmatch(r"\d{1,5}(-\d{1,5})?", text):
+        raise ValueError("not a CPU's number or a range such as 0-3")
+    first, _, last = text.partition("-")
+    if last and int(last) < int(first):
+        raise ValueError(f"ends before it begins; {last}-{first} is meant")
+
+
+def _check_origin(text: str) -> None:
+    host = r"((\*\.)?[a-z0-9_.-]*[a-z0-9]|\[[0-9a-f:.]+\])"
+    if not re.fullmatch(rf"[a-z][a-z0-9+.-]*://{host}(:\d{{1,5}})?", text):
+        raise ValueError(
+            "not an Origin as browsers send it: SCHEME://HOST or SCHEME://HOST:PORT in small "
+            "letters, without a path; https://*.example.com allows all hosts below"
+        )
+
+
+def _check_network(text: str) -> None:
+    ipaddress.ip_network(text)  # its ValueError says what is wrong, without the colon of others
 
 
 def _setting(default: Any, about: str, **checks: Any) -> Any:
@@ -49,7 +82,11 @@ def _setting(default: Any, about: str, **checks: Any) -> Any:
 class Settings:
     """The settings of one worker. Where each came from does not matter to its reader."""
 
-    bundle: Path = dataclasses.field(metadata=_about("folder of the model bundle to serve"))
+    bundle: tuple[Path, ...] = dataclasses.field(
+        metadata=_about(
+            "folders of the model bundles to serve, `:` between them; the first is the default"
+        )
+    )
     host: str = _setting("127.0.0.1", "address to listen on", pattern=r"\S+")
     port: int = _setting(9005, "TCP port to listen on; 0: any free one", at_least=0, at_most=65535)
     device: str = _setting(
@@ -109,9 +146,109 @@ class Settings:
     deployment: str = _setting(
         "", "digest of what was deployed, shown by `GET /v2`", pattern=r"[\x21-\x7e]{0,128}"
     )
+    factories: str = _setting(
+        "",
+        "what bundles may name as their architecture beside the registered ones, comma-separated: "
+        "`package.module` or `package.module:factory`; empty: nothing",
+        check=_check_factory,
+    )
+    precision: str = _setting(
+        "fp32",
+        "how the model computes: `fp32`, `tf32` or `bf16`; start says what it changes",
+        pattern=r"fp32|tf32|bf16",
+    )
+    cpus: str = _setting(
+        "",
+        "CPUs of the model's threads, such as `0-3,6`; empty: any",
+        check=_check_cpus,
+    )
+    max_streams: int = _setting(
+        1024,
+        "sequences of one model that hold state on the device at once",
+        unit="sequences",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    max_streams_per_connection: int = _setting(
+        64,
+        "sequences of one connection that hold state at once",
+        unit="sequences",
+        at_least=1,
+        at_most=1_000_000,
+    )
+    control: str = _setting(
+        "",
+        "path of the Unix socket that loads, unloads and reloads models; empty: none",
+        pattern=r"[^\0]*",
+    )
+    tokens_file: str = _setting(
+        "",
+        "file with the SHA-256 of each token that may connect, one a line; empty: anybody may",
+        pattern=r"[^\0]*",
+    )
+    origins: str = _setting(
+        "",
+        "Origins from which browsers may connect, comma-separated: exact, or with "
+        "`https://*.example.com` all below; empty: any",
+        check=_check_origin,
+    )
+    max_connections_per_client: int = _setting(
+        0,
+        "open WebSocket connections of one client, which is its token's name, else its address; "
+        "0: no bound",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    max_requests_per_s_per_client: float = _setting(
+        0.0,
+        "requests that one client may send, with bursts of a second's worth; 0: no bound",
+        unit="1/s",
+        at_least=0,
+        at_most=1_000_000,
+    )
+    max_fragments: int = _setting(
+        4096,
+        "frames of one message; more close the connection (1008)",
+        unit="frames",
+        at_least=1,
+        at_most=1 << 20,
+    )
+    trusted_proxies: str = _setting(
+        "",
+        "addresses or networks whose `X-Real-IP` is believed, comma-separated; that of loopback "
+        "always is",
+        check=_check_network,
+    )
+    otlp_endpoint: str = _setting(
+        "",
+        "OTLP/HTTP address that traces are sent to, such as `http://localhost:4318`; empty: none",
+        pattern=r"(https?://[^\s/]+(/\S*)?)?",
+    )
+    otlp_sample: float = _setting(
+        0.01,
+        "share of the requests that are traced when their client asked for nothing",
+        at_least=0,
+        at_most=1,
+    )
 
+
+_FOLDERS = tuple[Path, ...]
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Settings)}
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """The items of a comma-separated setting."""
+    return tuple(item.strip() for item in text.split(",")) if text.strip() else ()
+
+
+def cpus_of(text: str) -> frozenset[int]:
+    """The numbers in a list of CPUs such as `0-3,6`; none for an empty one."""
+    numbers: set[int] = set()
+    for item in listed(text):
+        first, _, last = item.partition("-")
+        numbers.update(range(int(first), int(last or first) + 1))
+    return frozenset(numbers)
 
 
 def option_of(name: str) -> str:
@@ -122,7 +259,7 @@ def option_of(name: str) -> str:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Give `parser` every setting as an option. Values stay text: `load` reads and checks them."""
     for name, field in _FIELDS.items():
-        parser.add_argument(option_of(name), metavar=_kind(field).upper(), help=_help(field))
+        parser.add_argument(option_of(name), metavar=_kind(field), help=_help(field))
 
 
 def load(options: Mapping[str, str | None], environ: Mapping[str, str]) -> Settings:
@@ -179,7 +316,7 @@ def reference() -> str:
 
 
 def _kind(field: "dataclasses.Field[Any]") -> str:
-    kinds: dict[Any, str] = {Path: "folder", int: "n", float: "number", str: "text"}
+    kinds: dict[Any, str] = {_FOLDERS: "FOLDER[:FOLDER…]", int: "N", float: "NUMBER", str: "TEXT"}
     return kinds[field.type]
 
 
@@ -197,13 +334,13 @@ def _help(field: "dataclasses.Field[Any]") -> str:
 
 def _read(field: "dataclasses.Field[Any]", text: str) -> Any:
     """The value of `field` in `text`; ValueError that says what is allowed."""
-    if field.type is Path:
-        if not text:
-            raise ValueError("must not be empty")
-        return Path(text)
+    if field.type == _FOLDERS:
+        return _folders(text)
     if field.type is str:
-        pattern = field.metadata["pattern"]
-        if not re.fullmatch(pattern, text):
+        pattern, check = field.metadata["pattern"], field.metadata["check"]
+        if check is not None:
+            _check_items(text, check)
+        elif not re.fullmatch(pattern, text):
             raise ValueError(f"{text!r} is not allowed; {field.metadata['about']}")
         return text
     try:
@@ -215,6 +352,32 @@ def _read(field: "dataclasses.Field[Any]", text: str) -> Any:
     if not low <= value <= high:
         raise ValueError(f"{text} is not between {low} and {high}")
     return value
+
+
+def _folders(text: str) -> tuple[Path, ...]:
+    if not text:
+        raise ValueError("must not be empty")
+    folders = text.split(":")
+    if "" in folders:
+        raise ValueError(f"{text!r} names an empty folder; `:` stands between folders")
+    repeated = sorted({folder for folder in folders if folders.count(folder) > 1})
+    if repeated:
+        raise ValueError(f"names {', '.join(repeated)} more than once")
+    return tuple(Path(folder) for folder in folders)
+
+
+def _check_items(text: str, check: Callable[[str], None]) -> None:
+    """Raises one ValueError for all items of a comma-separated list that are not allowed."""
+    problems = []
+    for item in listed(text):
+        try:
+            if not item:
+                raise ValueError("an empty item; a comma stands between items")
+            check(item)
+        except ValueError as error:
+            problems.append(f"{item!r}: {error}")
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def _unknown(environ: Mapping[str, str]) -> list[str]:

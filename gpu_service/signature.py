@@ -3,14 +3,19 @@
 Pure: immutable values and functions, shared by the server and the engine.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
+from numpy.typing import NDArray
 
 from gpu_service import datatypes
 from gpu_service.bundle import Manifest, TensorSpec
 from gpu_service.protocol import ErrorCode, ProtocolError, Request, quote
+
+DYNAMIC = -1  # a size that each request may choose
+
+Shapes = tuple[tuple[int, ...], ...]
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -22,6 +27,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[TensorSpec, ...]
     labels: tuple[str, ...] = ()
     digest: str = ""
+    state: tuple[TensorSpec, ...] = ()
+    feedback: Mapping[str, str] = {}
+    done: str | None = None
 
     @classmethod
     def of(cls, manifest: Manifest, *, digest: str) -> "ModelInfo":
@@ -33,6 +41,9 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             outputs=manifest.outputs,
             labels=manifest.labels,
             digest=digest,
+            state=manifest.state,
+            feedback=manifest.feedback,
+            done=manifest.done,
         )
 
 
@@ -44,19 +55,13 @@ class Fit:
         self._inputs = [
             (spec.name, datatypes.NUMPY[spec.datatype], spec.shape) for spec in model.inputs
         ]
-        self._names = (None, model.name)
-        self._versions = (None, model.version)
+        self._is_dynamic = any(DYNAMIC in spec.shape for spec in model.inputs)
 
     def samples_in(self, request: Request) -> int:
         """The number n of samples in `request`; raises as `samples_in`."""
         inputs = request.inputs
         samples = 0
-        if (
-            request.outputs is None
-            and request.model_name in self._names
-            and request.model_version in self._versions
-            and len(inputs) == len(self._inputs)
-        ):
+        if request.outputs is None and len(inputs) == len(self._inputs) and not self._is_dynamic:
             for name, dtype, shape in self._inputs:
                 array = inputs.get(name)
                 if array is None or array.dtype != dtype or array.shape[1:] != shape:
@@ -69,20 +74,33 @@ class Fit:
                     return samples
         return samples_in(request, self._model)
 
+    def key(self, inputs: Mapping[str, NDArray[Any]]) -> Shapes | None:
+        """What inputs that fit must have in common to run together; None: all may."""
+        if not self._is_dynamic:
+            return None
+        return tuple(inputs[name].shape[1:] for name, _, _ in self._inputs)
+
 
 def samples_in(request: Request, model: ModelInfo) -> int:
     """The number n of samples in `request`, once it is known to fit `model`.
 
-    Raises ProtocolError: NOT_FOUND for another model or version, INVALID_ARGUMENT for inputs
-    or outputs whose names, datatypes or shapes are not the model's.
+    Raises ProtocolError, INVALID_ARGUMENT, for inputs or outputs whose names, datatypes or
+    shapes are not the model's.
     """
-    problem = _model_problem(request, model)
-    if problem:
-        raise ProtocolError(ErrorCode.NOT_FOUND, problem, request_id=request.id)
     problem = _tensor_problem(request, model)
     if problem:
         raise ProtocolError(ErrorCode.INVALID_ARGUMENT, problem, request_id=request.id)
     return len(request.inputs[model.inputs[0].name])
+
+
+def shape_fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
+    """Whether a sample of `shape` is one of `declared`, where DYNAMIC is any size from 1 up."""
+    if shape == declared:
+        return True
+    return len(shape) == len(declared) and all(
+        size == wanted or (wanted == DYNAMIC and size >= 1)
+        for size, wanted in zip(shape, declared, strict=True)
+    )
 
 
 def metadata(model: ModelInfo) -> dict[str, Any]:
@@ -93,23 +111,17 @@ def metadata(model: ModelInfo) -> dict[str, Any]:
         "platform": "pytorch",
         "inputs": [_metadata(spec) for spec in model.inputs],
         "outputs": [_metadata(spec) for spec in model.outputs],
-        "parameters": {"labels": model.labels, "digest": model.digest},
+        "parameters": {
+            "labels": model.labels,
+            "digest": model.digest,
+            "stateful": bool(model.state),
+            "many_responses": bool(model.feedback),
+        },
     }
 
 
 def _metadata(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": [-1, *spec.shape]}
-
-
-def _model_problem(request: Request, model: ModelInfo) -> str | None:
-    if request.model_name not in (None, model.name):
-        return f"no model {quote(request.model_name)} here; served is {model.name!r}"
-    if request.model_version not in (None, model.version):
-        return (
-            f"no version {quote(request.model_version)} of model {model.name!r} here; "
-            f"served is {model.version!r}"
-        )
-    return None
 
 
 def _tensor_problem(request: Request, model: ModelInfo) -> str | None:
@@ -123,8 +135,9 @@ def _tensor_problem(request: Request, model: ModelInfo) -> str | None:
         )
     for spec in model.inputs:
         array = request.inputs[spec.name]
-        if array.dtype != datatypes.NUMPY[spec.datatype] or array.shape[1:] != spec.shape:
-            expected = ", ".join(["n", *map(str, spec.shape)])
+        dtype = datatypes.NUMPY[spec.datatype]
+        if array.dtype != dtype or not shape_fits(array.shape[1:], spec.shape):
+            expected = ", ".join(["n", *("any" if n == DYNAMIC else str(n) for n in spec.shape)])
             return (
                 f"input {spec.name!r} must be {spec.datatype} of shape [{expected}]; "
                 f"got {datatypes.name_of(array.dtype)} of shape {list(array.shape)}"

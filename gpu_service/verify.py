@@ -5,8 +5,9 @@ time. For deploys and scripts, so its output is JSON lines. Starts fast: no torc
 """
 
 import asyncio
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -30,34 +31,44 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
 
 
-def main(*, path: Path, urls: Sequence[str], timeout_s: float, output: TextIO = sys.stdout) -> int:
+def main(
+    *,
+    path: Path,
+    urls: Sequence[str],
+    timeout_s: float,
+    token: str | None = None,
+    output: TextIO = sys.stdout,
+) -> int:
     """Verify all `urls` against the bundle in `path`; 0 if all are ok, else 1.
 
     Prints one JSON object a line, in the order of `urls`. Raises bundle.BundleError.
     """
     manifest = bundle.read_manifest(path)
     samples = bundle.load_samples(path)
-    verdicts = asyncio.run(_all(urls, manifest=manifest, samples=samples, timeout_s=timeout_s))
+    ask = functools.partial(
+        _one, manifest=manifest, samples=samples, timeout_s=timeout_s, token=token
+    )
+    verdicts = asyncio.run(_all(ask, urls))
     for verdict in verdicts:
         print(msgspec.json.encode(verdict).decode(), file=output)
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 
-async def _all(
-    urls: Sequence[str], *, manifest: bundle.Manifest, samples: Tensors, timeout_s: float
-) -> list[Verdict]:
-    return await asyncio.gather(
-        *(_one(url, manifest=manifest, samples=samples, timeout_s=timeout_s) for url in urls)
-    )
+async def _all(ask: Callable[[str], Awaitable[Verdict]], urls: Sequence[str]) -> list[Verdict]:
+    return await asyncio.gather(*map(ask, urls))
 
 
 async def _one(
-    url: str, *, manifest: bundle.Manifest, samples: Tensors, timeout_s: float
+    url: str, *, manifest: bundle.Manifest, samples: Tensors, timeout_s: float, token: str | None
 ) -> Verdict:
     try:
-        async with asyncio.timeout(timeout_s), Client(url, deadline_s=timeout_s) as client:
+        client = Client(url, deadline_s=timeout_s, token=token)
+        async with asyncio.timeout(timeout_s), client:
             # One by one, because a worker may allow smaller batches than there are samples.
-            results = await asyncio.gather(*map(client.infer, golden.one_by_one(samples)))
+            requests = golden.one_by_one(samples)
+            results = await asyncio.gather(
+                *(client.infer(inputs, model=manifest.name) for inputs in requests)
+            )
     except ClientError as error:
         return Verdict(url=url, ok=False, error=str(error))
     except TimeoutError:

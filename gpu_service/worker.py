@@ -10,20 +10,28 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
 
 import uvloop
 
-from gpu_service import logs
+from gpu_service import control, logs
+from gpu_service.admission import Admission
 from gpu_service.bundle import BundleError
-from gpu_service.dispatch import Dispatcher, Engine, StartupError
+from gpu_service.dispatch import Dispatcher, Engine, Limits, StartupError
 from gpu_service.notify import Notifier
+from gpu_service.registry import Registry, in_thread
 from gpu_service.server import InferenceServer
 from gpu_service.service import InFlight
-from gpu_service.settings import Settings
-from gpu_service.sockets import bind
+from gpu_service.settings import Settings, cpus_of
+from gpu_service.sockets import open_listener
+from gpu_service.telemetry import Telemetry
+
+T = TypeVar("T")
 
 _ENGINE_STOP_TIMEOUT_S = 2.0
+_TELEMETRY_STOP_TIMEOUT_S = 2.0
 
 # How long the inference thread may have to wait for the GIL when the device has answered.
 # Measured with `python -m bench.serving --against` a checkout without it (2026-11-24, 2 cores, two
@@ -35,31 +43,25 @@ _SWITCH_INTERVAL_S = 1e-4
 _SPARE_DESCRIPTORS = 64
 
 
-def run(settings: Settings, *, open_engine: Callable[[Settings], Engine]) -> int:
+def run(settings: Settings, *, open_engine: Callable[[Settings, Path], Engine]) -> int:
     """Serve until SIGTERM or SIGINT, or until the device fails; the exit code of the process.
 
-    `open_engine` is called on the inference thread. Failures to
+    `open_engine` is called with the folder of a bundle, on a thread for loading. Failures to
     start are logged, and are 1, as a device that fails for good: a service manager restarts it.
     """
     logs.configure()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    dispatcher: Dispatcher[InFlight] = Dispatcher(on_thread=lambda: _pin(settings.cpus))
     try:
-        listener = bind(settings.host, settings.port)
-        dispatcher: Dispatcher[InFlight] = Dispatcher(
-            lambda: open_engine(settings),
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            max_delay_s=settings.max_delay_ms / 1000,
-        )
-        engine = dispatcher.open()
+        listener = open_listener(settings.host, settings.port)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            code = runner.run(_live(settings, open_engine, dispatcher, listener))
     except (StartupError, BundleError) as error:
         logs.error("start_failed", reason=str(error))
-        return 1
+        code = 1
     except Exception as error:
         logs.error("start_failed", reason=f"{type(error).__name__}: {error}", cause=error)
-        return 1
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        code = runner.run(_live(settings, engine, dispatcher, listener))
+        code = 1
     if not dispatcher.close(timeout_s=_ENGINE_STOP_TIMEOUT_S):
         # Left to itself, the interpreter would wait for, or crash on, what hangs in there.
         logs.warning("engine_hangs", action="left behind")
@@ -70,36 +72,103 @@ def run(settings: Settings, *, open_engine: Callable[[Settings], Engine]) -> int
 
 async def _live(
     settings: Settings,
-    engine: Engine,
+    open_engine: Callable[[Settings, Path], Engine],
     dispatcher: Dispatcher[InFlight],
     listener: socket.socket,
 ) -> int:
-    """Serve until told to stop, or until the device fails for good: 0 and 1 as exit codes."""
+    """Serve until told to stop, or until the device fails for good: 0 and 1 as exit codes.
+
+    Raises what opening the models of the settings raises.
+    """
+    loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    _raise_descriptor_limit(settings.max_connections)
-    notifier = Notifier()
+        loop.add_signal_handler(number, stop.set)
+    admission = Admission.of(settings)  # before anything that takes time
+    engines = await _until(stop, in_thread(lambda: _open_all(settings, open_engine)))
+    if engines is None:
+        logs.info("stopped", was="loading")
+        sys.stderr.flush()
+        # Not by returning: the interpreter may crash on the thread that is loading.
+        os._exit(0)
+    registry: Registry[InFlight] = Registry(
+        dispatcher=dispatcher,
+        open_engine=lambda path: open_engine(settings, path),
+        limits=Limits(
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            max_delay_s=settings.max_delay_ms / 1000,
+        ),
+        drain_timeout_s=settings.drain_timeout_s,
+    )
     host, port = listener.getsockname()[:2]
     worker = settings.worker or f"{socket.gethostname()}:{port}"
-    server = InferenceServer(engine=engine, dispatcher=dispatcher, settings=settings, worker=worker)
-    await server.start(listener)
-    watchdog = asyncio.create_task(_feed_watchdog(notifier, dispatcher))
-    model = f"{engine.model.name} {engine.model.version}"
-    logs.info("ready", host=host, port=port, worker=worker, model=model, pid=os.getpid())
-    _notify(notifier, "READY=1", f"STATUS=serving {model} on {host}:{port}")
-
-    waiting = [asyncio.create_task(event.wait()) for event in (stop, server.broken)]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    for task in waiting:
-        task.cancel()
-
-    logs.info("draining")
-    _notify(notifier, "STOPPING=1", "STATUS=draining")
+    telemetry = Telemetry.of(settings, worker=worker)
+    server = InferenceServer(
+        registry=registry,
+        device=engines[0].description,
+        settings=settings,
+        worker=worker,
+        admission=admission,
+        telemetry=telemetry,
+    )
+    dispatcher.start(on_broken=server.on_broken)
+    for engine, source in zip(engines, settings.bundle, strict=True):
+        registry.add(engine, source=source)
+    _raise_descriptor_limit(settings.max_connections)
+    notifier = Notifier()
+    async with control.listening(settings.control, registry):
+        await server.start(listener)
+        watchdog = asyncio.create_task(_feed_watchdog(notifier, dispatcher))
+        models = ", ".join(f"{engine.model.name} {engine.model.version}" for engine in engines)
+        logs.info("ready", host=host, port=port, worker=worker, model=models, pid=os.getpid())
+        _notify(notifier, "READY=1", f"STATUS=serving {models} on {host}:{port}")
+        await _until(stop, server.broken.wait())
+        logs.info("draining")
+        _notify(notifier, "STOPPING=1", "STATUS=draining")
     await server.drain()
+    await registry.close()
     watchdog.cancel()
+    if telemetry is not None:
+        await asyncio.to_thread(telemetry.close, timeout_s=_TELEMETRY_STOP_TIMEOUT_S)
     logs.info("stopped")
     return 1 if server.broken.is_set() else 0
+
+
+def _open_all(settings: Settings, open_engine: Callable[[Settings, Path], Engine]) -> list[Engine]:
+    engines: dict[tuple[str, str], tuple[Path, Engine]] = {}
+    for path in settings.bundle:
+        engine = open_engine(settings, path)
+        name = engine.model.name, engine.model.version
+        if name in engines:
+            raise StartupError(
+                f"{engines[name][0]} and {path} are the same version of one model, "
+                f"{name[0]} {name[1]}; name one of them in --bundle"
+            )
+        engines[name] = path, engine
+    return [engine for _, engine in engines.values()]
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`; None if `stop` comes first."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        return working.result()
+    working.cancel()
+    return None
+
+
+def _pin(cpus: str) -> None:
+    """Keep the calling thread, and those that it will start, to some CPUs."""
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus_of(cpus))
+    except OSError as error:
+        logs.warning("cpus_not_set", cpus=cpus, reason=str(error))
 
 
 async def _feed_watchdog(notifier: Notifier, dispatcher: Dispatcher[InFlight]) -> None:

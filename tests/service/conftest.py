@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
-from gpu_service.dispatch import Dispatcher
-from gpu_service.server import InferenceServer
+from gpu_service.dispatch import Dispatcher, Engine, Limits, StartupError
+from gpu_service.registry import Registry
+from gpu_service.server import InferenceServer, State
 from gpu_service.service import InFlight
 from gpu_service.settings import Settings
 from gpu_service.sockets import bind
@@ -34,26 +35,39 @@ class Worker:
         self.settings = settings
 
     async def start(self) -> None:
-        self.dispatcher: Dispatcher[InFlight] = Dispatcher(
-            lambda: self.engine,
-            max_batch=self.settings.max_batch,
-            max_queue=self.settings.max_queue,
-            max_delay_s=self.settings.max_delay_ms / 1000,
-        )
-        self.dispatcher.open()
-        self.server = InferenceServer(
-            engine=self.engine,
+        self.dispatcher: Dispatcher[InFlight] = Dispatcher()
+        self.registry: Registry[InFlight] = Registry(
             dispatcher=self.dispatcher,
+            open_engine=self.open_engine,
+            limits=Limits(
+                max_batch=self.settings.max_batch,
+                max_queue=self.settings.max_queue,
+                max_delay_s=self.settings.max_delay_ms / 1000,
+            ),
+            drain_timeout_s=self.settings.drain_timeout_s,
+            locate=lambda path: (path, path.name),
+        )
+        self.server = InferenceServer(
+            registry=self.registry,
+            device=self.engine.description,
             settings=self.settings,
             worker="test-worker",
         )
+        self.dispatcher.start(on_broken=self.server.on_broken)
+        self.registry.add(self.engine, source=self.settings.bundle[0])
         listener = bind("127.0.0.1", 0)
         self.port: int = listener.getsockname()[1]
         await self.server.start(listener)
 
+    def open_engine(self, path: Path) -> Engine:
+        """Replaced where models come and go."""
+        raise StartupError(f"{path}: there is no such model")
+
     async def stop(self) -> None:
         self.engine.gate.open()
-        await self.server.drain()
+        if self.server.state is State.READY:
+            await self.server.drain()
+        await self.registry.close()
         assert self.dispatcher.close(timeout_s=BOUND_S)
 
     @property
@@ -76,8 +90,8 @@ class Worker:
 async def start_worker() -> AsyncIterator[Callable[..., Awaitable[Worker]]]:
     workers = []
 
-    async def start(**settings: Any) -> Worker:
-        worker = Worker(FakeEngine(), Settings(bundle=Path("unused"), **settings))
+    async def start(engine: FakeEngine | None = None, **settings: Any) -> Worker:
+        worker = Worker(engine or FakeEngine(), Settings(bundle=(Path("unused"),), **settings))
         workers.append(worker)
         await worker.start()
         return worker

@@ -7,14 +7,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy
 
 from gpu_service import settings, worker
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import BatchOutput, Engine, Tensors
+from gpu_service.dispatch import BatchOutput, Engine, Stream, Tensors
 from gpu_service.protocol import Request, Scalar, encode_request
 from gpu_service.signature import ModelInfo
 
@@ -35,6 +36,30 @@ MODEL = ModelInfo(
     labels=("a", "b", "c"),
     digest="d00b1e",
 )
+
+
+# y is the sum of all x of a sequence; its answers can be what comes next.
+SUM = ModelInfo(
+    name="sum",
+    version="1",
+    inputs=MODEL.inputs,
+    outputs=MODEL.outputs,
+    digest="5",
+    state=(TensorSpec(name="total", datatype="FP32", shape=(3,)),),
+    feedback={"y": "x"},
+)
+
+# The first value of y is that of x and one, until that is LAST.
+COUNT = ModelInfo(
+    name="count",
+    version="1",
+    inputs=MODEL.inputs,
+    outputs=(*MODEL.outputs, TensorSpec(name="end", datatype="BOOL", shape=())),
+    digest="c",
+    feedback={"y": "x"},
+    done="end",
+)
+LAST = 100_000.0
 
 
 class Gate:
@@ -61,16 +86,23 @@ class FakeEngine(Engine):
     model = MODEL
     description: Mapping[str, str] = {"device": "none"}
 
-    def __init__(self, gate: Gate | None = None) -> None:
+    def __init__(self, gate: Gate | None = None, *, version: str | None = None) -> None:
+        if version is not None:
+            self.model = msgspec.structs.replace(self.model, version=version, digest=version)
         self.gate = gate or Gate()
         self.is_broken = False
+        self.is_closed = threading.Event()
         self.seen: list[float] = []  # the first value of each request
 
     def check(self) -> None:
         if self.is_broken:
             raise RuntimeError("out of order")
 
+    def close(self) -> None:
+        self.is_closed.set()
+
     def run(self, requests: Sequence[Tensors]) -> BatchOutput:
+        assert not self.is_closed.is_set()
         self.seen += [float(inputs["x"][0, 0]) for inputs in requests]
         x = numpy.concatenate([inputs["x"] for inputs in requests])
         if (x == WAIT).any():
@@ -81,9 +113,55 @@ class FakeEngine(Engine):
         self.check()
         if (x == POISON).any():
             raise RuntimeError("poisoned")
-        y = 2 * x
+        with numpy.errstate(over="ignore"):
+            y = 2 * x
         y[x == NOT_A_NUMBER] = numpy.nan
         return BatchOutput(outputs={"y": y}, infer_s=1e-4)
+
+
+class SumEngine(FakeEngine):
+    """`SUM`, with room for the totals of some sequences."""
+
+    model = SUM
+
+    def __init__(
+        self, gate: Gate | None = None, *, version: str | None = None, places: int = 4
+    ) -> None:
+        super().__init__(gate, version=version)
+        self._totals = numpy.full((places, 3), numpy.nan, "<f4")
+
+    @property
+    def max_streams(self) -> int:
+        return len(self._totals)
+
+    def launch(
+        self, requests: Sequence[Tensors], streams: Sequence[Stream | None]
+    ) -> Callable[[], BatchOutput]:
+        ran = self.run(requests)
+        ys = []
+        for inputs, stream in zip(requests, streams, strict=True):
+            is_fresh = stream is None or stream.is_fresh
+            with numpy.errstate(over="ignore"):
+                ys.append(inputs["x"] + (0 if is_fresh else self._totals[stream.slot]))
+        for y, stream in zip(ys, streams, strict=True):
+            if stream is not None:
+                assert len(y) == 1
+                self._totals[stream.slot] = y[0]
+                stream.is_fresh = False
+        output = msgspec.structs.replace(ran, outputs={"y": numpy.concatenate(ys)})
+        return lambda: output
+
+
+class CountEngine(FakeEngine):
+    """`COUNT`."""
+
+    model = COUNT
+
+    def run(self, requests: Sequence[Tensors]) -> BatchOutput:
+        ran = super().run(requests)
+        y = numpy.concatenate([inputs["x"] for inputs in requests])
+        y[:, 0] += 1
+        return msgspec.structs.replace(ran, outputs={"y": y, "end": y[:, 0] >= LAST})
 
 
 def x_of(*values: float) -> dict[str, numpy.ndarray]:
@@ -101,7 +179,7 @@ def main() -> int:
     named = {name.removeprefix("--").replace("-", "_"): text for name, text in options.items()}
     chosen = settings.load({"bundle": "unused", "port": "0", **named}, {})
     gate = Gate(Path(os.environ["GATE"])) if "GATE" in os.environ else None
-    return worker.run(chosen, open_engine=lambda _: FakeEngine(gate))
+    return worker.run(chosen, open_engine=lambda chosen, path: FakeEngine(gate))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -30,7 +31,13 @@ def predicted(model: torch.nn.Module, images: NDArray[Any]) -> NDArray[Any]:
         return logits
 
 
-def write(directory: Path, *, expected_off_by: float = 0.0) -> Path:
+def write(
+    directory: Path,
+    *,
+    expected_off_by: float = 0.0,
+    architecture: bundle.Architecture = ARCHITECTURE,
+    version: str | None = None,
+) -> Path:
     """A bundle of an untrained network; its samples' expected outputs may be wrong on purpose."""
     torch.manual_seed(0)
     model = models.build(ARCHITECTURE).eval()
@@ -39,7 +46,8 @@ def write(directory: Path, *, expected_off_by: float = 0.0) -> Path:
     return bundle.write(
         directory=directory,
         name="digits",
-        architecture=ARCHITECTURE,
+        version=version,
+        architecture=architecture,
         inputs=(bundle.TensorSpec(name="image", datatype="FP32", shape=(1, 28, 28)),),
         outputs=(bundle.TensorSpec(name="logits", datatype="FP32", shape=(10,)),),
         labels=tuple("0123456789"),
@@ -108,6 +116,8 @@ async def test_answers_equal_the_models_own(spawn: Spawn, path: Path) -> None:
     assert metadata["parameters"] == {
         "labels": list("0123456789"),
         "digest": bundle.digest(path),
+        "stateful": False,
+        "many_responses": False,
     }
 
 
@@ -185,3 +195,46 @@ def test_a_device_that_is_not_there_is_a_clear_failure(spawn: Spawn, path: Path)
     process = serve(spawn, path, "--device", "cuda:99")
     assert process.wait() == 1
     assert "device cuda:99: torch" in process.until("start_failed")["reason"]
+
+
+def test_what_a_bundle_brings_runs_only_where_it_is_allowed(spawn: Spawn, tmp_path: Path) -> None:
+    name = "gpu_service.models.digits:DigitsCNN"
+    path = write(tmp_path, architecture=bundle.Architecture(name=name, arguments={"width": 4}))
+    process = serve(spawn, path)
+    assert process.wait() == 1
+    reason = process.until("start_failed")["reason"]
+    assert f"GPU_SERVICE_FACTORIES={name} or --factories {name}" in reason
+    process = serve(spawn, path, "--factories", name)
+    assert run("verify", "--bundle", str(path), process.url).returncode == 0
+
+
+def test_models_come_and_go_while_a_worker_runs(spawn: Spawn, tmp_path: Path) -> None:
+    def versions() -> list[str]:
+        done = run("models", "list", *control)
+        assert done.returncode == 0, done.stderr
+        return [line.split()[1] for line in done.stdout.splitlines()[1:]]
+
+    control = ("--control", str(tmp_path / "control"))
+    old = write(tmp_path / "models", version="v1")
+    process = serve(spawn, old.parent, *control)
+    assert process.url
+    assert stat.S_IMODE((tmp_path / "control").stat().st_mode) == 0o600
+    assert versions() == ["v1"]
+    assert run("models", "reload", *control).stdout == "nothing is new\n"
+
+    bad = write(tmp_path / "other", version="v3", expected_off_by=0.1)
+    done = run("models", "load", str(bad), *control)
+    assert done.returncode == 1
+    assert done.stderr.startswith("gpu_service models load: self-test of model digits v3")
+    assert versions() == ["v1"]
+
+    new = write(tmp_path / "models", version="v2")
+    assert run("models", "load", str(new), *control).stdout == "serves digits v2\n"
+    assert sorted(versions()) == ["v1", "v2"]
+    done = run("models", "unload", "digits", "--version", "v1", *control)
+    assert done.stdout == "unloaded digits v1\n"
+    assert versions() == ["v2"]
+    done = run("models", "unload", "cats", *control)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "model 'cats' is not loaded (NOT_FOUND)" in done.stderr
+    assert run("verify", "--bundle", str(new), process.url).returncode == 0

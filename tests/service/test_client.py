@@ -2,8 +2,11 @@
 
 import asyncio
 import contextlib
+import hashlib
 import json
+import logging
 import math
+import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -19,8 +22,18 @@ from gpu_service.client import (
     InferenceError,
     UnreachableError,
     fetch_json,
+    read_token,
 )
-from gpu_service.protocol import ProtocolError, Response, decode_request, encode_response
+from gpu_service.protocol import (
+    Cancel,
+    ProtocolError,
+    Response,
+    SessionInfo,
+    decode_message,
+    decode_request,
+    encode_response,
+    encode_session,
+)
 from tests.service.conftest import Process, Worker, metric
 from tests.service.fakes import BOUND_S, POISON, WAIT, x_of
 
@@ -116,7 +129,7 @@ async def served(handler: Callable[[ServerConnection], Awaitable[None]]) -> Asyn
         yield f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}"
 
 
-@pytest.mark.parametrize("code", ["UNAVAILABLE", "A_NEWER_ONE"])
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "A_NEWER_ONE"])
 async def test_a_refused_call_does_not_come_back_too_early(code: str) -> None:
     error = {"code": code, "message": "full", "retry_after_ms": 30}
     refusing = Refusing(times=3, error=error)
@@ -129,6 +142,14 @@ async def test_a_refused_call_does_not_come_back_too_early(code: str) -> None:
     ]
     assert len(pauses) == 3
     assert min(pauses) >= 0.03
+
+
+@pytest.mark.parametrize("code", ["UNAVAILABLE", "RESOURCE_EXHAUSTED"])
+async def test_a_refusal_may_leave_open_for_how_long_it_is(code: str) -> None:
+    refusing = Refusing(times=2, error={"code": code, "message": "full"})
+    async with served(refusing) as url, Client(url, deadline_s=BOUND_S) as client:
+        await client.infer(x_of(5))
+    assert len(refusing.came) == 3
 
 
 async def test_a_refusal_for_longer_than_the_deadline_is_an_error_at_once() -> None:
@@ -172,13 +193,13 @@ async def test_closing_ends_a_call_that_was_told_to_come_back() -> None:
 
 
 def _paused(client: Client) -> bool:
-    return any(call.paused for call in client._calls.values())
+    return any(call.paused for call in client._connector._calls.values())
 
 
 async def test_a_call_that_waits_to_come_back_survives_a_lost_connection(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gpu_service.client._BACKOFF_FIRST_S", 0.0)
+    monkeypatch.setattr("gpu_service.client_link._BACKOFF_FIRST_S", 0.0)
     came = []
 
     async def handle(connection: ServerConnection) -> None:
@@ -273,6 +294,219 @@ async def test_a_message_that_is_too_large_fails_alone(start_worker: StartWorker
         assert (await waiting).outputs["y"][0, 0] == 2 * WAIT
 
 
+async def test_a_message_is_measured_before_it_is_sent(start_worker: StartWorker) -> None:
+    worker = await start_worker(max_message_bytes=2048)
+    async with Client(worker.url) as client:
+        with pytest.raises(InferenceError, match="is more than the server takes, which is 2048"):
+            await client.infer(x_of(*range(1000)))
+        await client.infer(x_of(1))
+        assert client.reconnects == 0
+
+
+async def test_what_is_cancelled_does_not_wait_for_what_is_not_read(
+    start_worker: StartWorker,
+) -> None:
+    worker = await start_worker(max_in_flight_per_connection=4)
+    async with Client(worker.url, deadline_s=BOUND_S) as client:
+        calls = [asyncio.create_task(client.infer(x_of(WAIT, n))) for n in range(20)]
+        await worker.until_metric("gpu_service_in_flight_requests", 3)
+        for call in calls[:10]:
+            call.cancel()
+        cancelled = 'gpu_service_requests_total{code="CANCELLED"}'
+        await worker.until_metric(cancelled, 3)  # the others were not sent
+        await worker.until_metric("gpu_service_in_flight_requests", 3)
+        worker.engine.gate.open()
+        results = await asyncio.gather(*calls[10:])
+        assert [result.outputs["y"][1, 0] for result in results] == [2 * n for n in range(10, 20)]
+        assert await worker.metric(cancelled) == 3
+
+
+async def test_what_a_server_says_of_itself_is_of_one_connection(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_service.client_link._BACKOFF_FIRST_S", 0.0)
+    async with Client(worker.url, deadline_s=BOUND_S) as client:
+        await client.infer(x_of(1))
+        first = client.session
+        assert first is not None
+        assert first.worker == "test-worker"
+        assert first.limits["max_message_bytes"] == worker.settings.max_message_bytes
+        assert first.models == ({"name": "double", "version": "7"},)
+        for session in list(worker.server._sessions):
+            session.abort()
+        await client.infer(x_of(1))
+        assert client.reconnects == 1
+        second = client.session
+        assert second is not None
+        assert second.id != first.id
+        assert second.limits == first.limits
+
+
+@pytest.mark.parametrize(("objections", "greets"), [(1, False), (2, False), (1, True)])
+async def test_a_server_that_knows_no_cancelling_does_not_fail_the_others(
+    objections: int, greets: bool
+) -> None:
+    cancelled = asyncio.Event()
+
+    async def handle(connection: ServerConnection) -> None:
+        kept = None
+        if greets:
+            await connection.send(encode_session(SessionInfo(id="s")), text=True)
+        async for message in connection:
+            decoded = decode_message(message)
+            if isinstance(decoded, Cancel):
+                for _ in range(objections):
+                    fault = {"code": "INVALID_ARGUMENT", "message": "not a message"}
+                    await connection.send(json.dumps({"id": None, "error": fault}))
+                assert kept is not None
+                response = Response(
+                    id=kept.id, model_name="m", model_version="1", outputs=kept.inputs
+                )
+                await connection.send(encode_response(response, binary=True))
+                cancelled.set()
+            elif decoded.inputs["x"][0, 0] == 1:
+                kept = decoded
+
+    async with served(handle) as url, Client(url, deadline_s=BOUND_S) as client:
+        other = asyncio.create_task(client.infer(x_of(1)))
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlineExceededError):
+            await client.infer(x_of(2), deadline_s=0.05)
+        async with asyncio.timeout(BOUND_S):
+            await cancelled.wait()
+        if objections == 1 and not greets:
+            assert (await other).outputs["x"][0, 0] == 1
+        else:  # one has another reason, which may concern any call
+            with pytest.raises(InferenceError, match="not a message"):
+                await other
+
+
+# ------------------------------------------------------------------------------ who may connect
+
+TOKEN = "dGhpcyBpcyBub3QgYSBzZWNyZXQ"
+
+
+@pytest.fixture
+def tokens_file(tmp_path: Path) -> str:
+    file = tmp_path / "tokens"
+    file.write_text(f"{hashlib.sha256(TOKEN.encode()).hexdigest()} me\n")
+    file.chmod(0o600)
+    return str(file)
+
+
+async def test_a_token_is_sent_and_shown_nowhere(
+    start_worker: StartWorker, tokens_file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    worker = await start_worker(tokens_file=tokens_file)
+    async with Client(worker.url, token=TOKEN) as client:
+        assert (await client.infer(x_of(1))).outputs["y"][0, 0] == 2
+        assert TOKEN not in repr(client)
+    # The server is in this process, too.
+    ours = [record for record in caplog.records if record.name != "websockets.server"]
+    assert ours
+    assert TOKEN not in "\n".join(record.getMessage() for record in ours)
+    with pytest.raises(ValueError, match="strip what surrounds it") as caught:
+        Client(worker.url, token=f"{TOKEN}\n")
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("token", "problem"),
+    [("another", "does not know this token"), (None, "asks for a token: `token=…` in a program")],
+)
+async def test_an_unknown_token_is_an_error_at_once(
+    start_worker: StartWorker, tokens_file: str, token: str | None, problem: str
+) -> None:
+    worker = await start_worker(tokens_file=tokens_file)
+    with pytest.raises(UnreachableError, match=f"HTTP 401: it {problem}") as caught:
+        async with Client(worker.url, token=token):
+            pass
+    assert "another" not in str(caught.value)
+
+
+async def test_a_token_that_is_withdrawn_ends_the_client_with_its_connection(
+    start_worker: StartWorker, tokens_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_service.client_link._BACKOFF_FIRST_S", 0.0)
+    worker = await start_worker(tokens_file=tokens_file)
+    async with Client(worker.url, token=TOKEN, deadline_s=BOUND_S) as client:
+        call = asyncio.create_task(client.infer(x_of(WAIT)))
+        await worker.until_metric("gpu_service_in_flight_requests", 1)
+        Path(tokens_file).write_text(f"{'0' * 64} another\n")
+        for session in list(worker.server._sessions):
+            session.abort()
+        with pytest.raises(UnreachableError, match="HTTP 401"):
+            await call
+
+
+async def test_too_many_connections_of_a_client_are_an_error_at_once(
+    start_worker: StartWorker,
+) -> None:
+    worker = await start_worker(max_connections_per_client=1)
+    async with Client(worker.url):
+        with pytest.raises(UnreachableError, match="HTTP 429: too many connections of this"):
+            async with Client(worker.url):
+                pass
+
+
+async def test_once_connected_a_client_waits_for_one_of_its_connections_to_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gpu_service.client_link._BACKOFF_FIRST_S", 0.001)
+    handshakes = 0
+
+    async def judge(connection: ServerConnection, _: object) -> object:
+        nonlocal handshakes
+        handshakes += 1
+        return connection.respond(429, "too many\n") if 1 < handshakes < 5 else None
+
+    async def handle(connection: ServerConnection) -> None:
+        request = decode_request(await connection.recv())
+        if handshakes == 1:
+            connection.transport.abort()
+            return
+        response = Response(
+            id=request.id, model_name="m", model_version="1", outputs=request.inputs
+        )
+        await connection.send(encode_response(response, binary=True))
+        await connection.wait_closed()
+
+    async with serve(handle, "127.0.0.1", 0, process_request=judge) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with Client(f"ws://127.0.0.1:{port}", deadline_s=BOUND_S) as client:
+            assert (await client.infer(x_of(3))).outputs["x"][0, 0] == 3
+            assert client.reconnects == 1
+    assert handshakes == 5
+
+
+async def test_an_origin_that_is_not_allowed_is_explained() -> None:
+    async def forbid(connection: ServerConnection, _: object) -> object:
+        return connection.respond(403, "no\n")
+
+    async with serve(lambda _: asyncio.sleep(0), "127.0.0.1", 0, process_request=forbid) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(UnreachableError, match="HTTP 403: it does not allow this"):
+            async with Client(f"ws://127.0.0.1:{port}"):
+                pass
+
+
+def test_a_token_is_read_from_a_file_or_the_environment(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"  {TOKEN}\n")
+    assert read_token(file, {"GPU_SERVICE_TOKEN": "another"}) == TOKEN
+    assert read_token(None, {"GPU_SERVICE_TOKEN": f"{TOKEN}\n"}) == TOKEN
+    assert read_token(None, {}) is None
+    with pytest.raises(ClientError, match="cannot be read: No such file"):
+        read_token(tmp_path / "none", {})
+    for content in (b"", b"two tokens", "schlüssel".encode()):
+        file.write_bytes(content)
+        with pytest.raises(ClientError, match="must hold one token"):
+            read_token(file, os.environ)
+    with pytest.raises(ClientError, match="GPU_SERVICE_TOKEN must hold one token"):
+        read_token(None, {"GPU_SERVICE_TOKEN": "two tokens"})
+
+
 async def test_closing_fails_what_still_waits(worker: Worker) -> None:
     async with Client(worker.url) as client:
         call = asyncio.create_task(client.infer(x_of(WAIT)))
@@ -286,7 +520,7 @@ async def test_closing_fails_what_still_waits(worker: Worker) -> None:
 async def test_a_request_that_always_breaks_the_connection_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gpu_service.client._BACKOFF_FIRST_S", 0.0)
+    monkeypatch.setattr("gpu_service.client_link._BACKOFF_FIRST_S", 0.0)
     received = 0
 
     async def break_off(connection: ServerConnection) -> None:

@@ -135,8 +135,13 @@ async def test_the_limits_are_told(worker: Worker) -> None:
     described: dict[str, Any] = json.loads((await asyncio.to_thread(get, worker.port, "/v2"))[2])
     assert described["limits"] == {
         "max_batch": 64,
+        "max_connections_per_client": 0,
+        "max_fragments": 4096,
         "max_in_flight_per_connection": 64,
         "max_message_bytes": 1 << 20,
+        "max_requests_per_s_per_client": 0,
+        "max_streams": 1024,
+        "max_streams_per_connection": 64,
         "priorities": [0, 9],
     }
 

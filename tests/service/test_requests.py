@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from gpu_service import protocol
-from gpu_service.protocol import ErrorCode, Failure, Response
+from gpu_service.protocol import ErrorCode, Failure, Response, SessionInfo
 from tests.service.conftest import Worker
 from tests.service.fakes import BOUND_S, NOT_A_NUMBER, POISON, WAIT, frame
 
@@ -356,9 +356,14 @@ async def test_too_many_connections_are_refused_with_503(start_worker: StartWork
 async def test_the_subprotocol_is_optional_but_must_be_known(worker: Worker) -> None:
     async with worker.connect() as connection:
         assert connection.subprotocol is None
+        assert await is_alive(connection)  # it is not greeted
     ours = Subprotocol(protocol.SUBPROTOCOL)
     async with worker.connect(subprotocols=[Subprotocol("other"), ours]) as connection:
         assert connection.subprotocol == "open-inference.v2"
+        greeting = protocol.decode_reply(await connection.recv())
+        assert isinstance(greeting, SessionInfo)
+        assert greeting.worker == "test-worker"
+        assert greeting.models == ({"name": "double", "version": "7"},)
         assert await is_alive(connection)
     with pytest.raises(InvalidStatus) as caught:
         async with worker.connect(subprotocols=[Subprotocol("open-inference.v3")]):

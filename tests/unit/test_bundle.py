@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -249,6 +250,16 @@ def test_a_manifest_must_be_a_small_regular_file(
         (lambda m: m.update(outputs=m["outputs"] * 2), "outputs: a name occurs twice"),
         (lambda m: m["inputs"][0].update(datatype="FP8"), "unknown datatype 'FP8'; known: BOOL"),
         (lambda m: m["inputs"][0].update(shape=[1, 0, 2]), "size below 1"),
+        (lambda m: m["inputs"][0].update(shape=[1, -2, 2]), "size below 1"),
+        (lambda m: m["outputs"][0].update(shape=[-1]), "3 labels for an output of [-1] values"),
+        (lambda m: m["architecture"].update(name="os:"), "bad architecture name 'os:'"),
+        (lambda m: m["architecture"].update(name="a..b:c"), "bad architecture name"),
+        (lambda m: m["architecture"].update(name="../a:c"), "bad architecture name"),
+        (lambda m: m["architecture"].update(name="a:b:c"), "bad architecture name"),
+        (lambda m: m["architecture"].update(name="a:b.c"), "bad architecture name"),
+        (lambda m: m["architecture"].update(name="a:b\n"), "bad architecture name"),
+        (lambda m: m["architecture"].update(name="a:" + "b" * 200), "bad architecture name"),
+        (lambda m: m["architecture"]["arguments"].update(width=[{}]), "arguments"),
         (lambda m: m["inputs"][0].update(name="label"), "bad tensor name 'label'"),
         (lambda m: m["inputs"][0].update(name="expected.logits"), "bad tensor name"),
         (lambda m: m["labels"].append("d"), "4 labels for an output of [3] values"),
@@ -268,6 +279,133 @@ def test_a_bad_manifest_is_refused(
         bundle.read_manifest(path)
     assert message in str(error.value)
     assert str(path / "manifest.json") in str(error.value)
+
+
+GENERATOR: dict[str, Any] = {
+    "inputs": (
+        bundle.TensorSpec(name="token", datatype="INT64", shape=()),
+        bundle.TensorSpec(name="prompt", datatype="FP32", shape=(-1, 2)),
+    ),
+    "outputs": (
+        bundle.TensorSpec(name="next", datatype="INT64", shape=()),
+        bundle.TensorSpec(name="mixed", datatype="FP32", shape=(-1, 2)),
+        bundle.TensorSpec(name="ended", datatype="BOOL", shape=()),
+    ),
+    "labels": (),
+    "state": (bundle.TensorSpec(name="hidden", datatype="FP32", shape=(4,)),),
+    "feedback": {"next": "token", "mixed": "prompt"},
+    "done": "ended",
+    "training": None,
+    "architecture": bundle.Architecture(
+        name="my.models:generator", arguments={"sizes": [1.5, 2], "names": ["a", "b"]}
+    ),
+    "samples": {
+        "token": numpy.arange(3),
+        "prompt": numpy.ones((3, 5, 2), "f4"),
+        "expected.next": numpy.arange(3),
+        "expected.mixed": numpy.ones((3, 7, 2), "f4"),
+        "expected.ended": numpy.zeros(3, "?"),
+    },
+}
+
+
+def test_a_stateful_model_that_answers_many_times_reads_back(tmp_path: Path) -> None:
+    path = write(tmp_path, **GENERATOR)
+    manifest = bundle.verify(path)
+    for name in ("inputs", "outputs", "state", "feedback", "done", "training", "architecture"):
+        assert getattr(manifest, name) == GENERATOR[name]
+    assert bundle.factory(manifest.architecture) == ("my.models", "generator")
+    loaded = bundle.load_samples(path)
+    assert loaded.keys() == GENERATOR["samples"].keys()
+    for key, array in loaded.items():
+        numpy.testing.assert_array_equal(array, GENERATOR["samples"][key], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["state"][0].update(shape=[-1]), "hidden: shape [-1] must be fixed"),
+        (lambda m: m["state"][0].update(shape=[0]), "size below 1"),
+        (lambda m: m["state"][0].update(name="prompt"), "state: 'prompt' is an input's or output"),
+        (lambda m: m["state"][0].update(name="ended"), "state: 'ended' is an input's or output"),
+        (lambda m: m["state"][0].update(name="a.b"), "state: bad tensor name 'a.b'"),
+        (lambda m: m["state"][0].update(datatype="FP8"), "state: hidden: unknown datatype"),
+        (lambda m: m.update(state=m["state"] * 2), "state: a name occurs twice"),
+        (lambda m: m.update(state={}), "state"),
+        (lambda m: m["feedback"].update(nothing="token"), "'nothing' → 'token' must lead from"),
+        (lambda m: m["feedback"].update(next="nothing"), "'next' → 'nothing' must lead from"),
+        (lambda m: m["feedback"].update(hidden="token"), "'hidden' → 'token' must lead from"),
+        (
+            lambda m: m["feedback"].update(mixed="token"),
+            "output 'mixed' is FP32 [-1, 2], input 'token' is INT64 []; they must be equal",
+        ),
+        (lambda m: m["outputs"][0].update(datatype="INT32"), "output 'next' is INT32 []"),
+        (lambda m: m["outputs"][1].update(shape=[3, 2]), "output 'mixed' is FP32 [3, 2]"),
+        (lambda m: m["feedback"].update(mixed="token"), "two outputs lead to the same input"),
+        (lambda m: m["feedback"].update(next=None), "feedback"),
+        (lambda m: m.update(done="next"), "done: 'next' must be a BOOL output of shape []"),
+        (lambda m: m.update(done="nothing"), "done: 'nothing' must be a BOOL output"),
+        (lambda m: m["outputs"][2].update(shape=[1]), "done: 'ended' must be a BOOL output"),
+        (lambda m: m.update(feedback={}), "done: without feedback"),
+    ],
+)
+def test_bad_state_feedback_and_done_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path = write(tmp_path, **GENERATOR)
+    change_manifest(path, change)
+    with pytest.raises(bundle.BundleError) as error:
+        bundle.read_manifest(path)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"prompt": numpy.ones((3, 5, 3), "f4")},
+            "is float32[3, 5, 3], expected float32[n, -1, 2]",
+        ),
+        ({"prompt": numpy.ones((3, 0, 2), "f4")}, "is float32[3, 0, 2], expected"),
+        ({"prompt": numpy.ones((3, 2), "f4")}, "is float32[3, 2], expected"),
+        ({"expected.mixed": numpy.ones((3, 7, 1), "f4")}, "'expected.mixed' is float32[3, 7, 1]"),
+        ({"hidden": numpy.ones((3, 4), "f4")}, "unknown tensor 'hidden'"),
+    ],
+)
+def test_samples_must_fit_dynamic_dimensions(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(bundle.BundleError) as error:
+        write(tmp_path, **(GENERATOR | {"samples": GENERATOR["samples"] | changes}))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("own", "shape", "takes"),
+    [
+        ((), (), True),
+        ((3,), (3,), True),
+        ((3,), (4,), False),
+        ((3, -1), (3, 9), True),
+        ((3, -1), (3, 0), False),
+        ((3, -1), (2, 9), False),
+        ((-1,), (), False),
+        ((-1,), (1, 1), False),
+    ],
+)
+def test_dynamic_dimensions_take_any_size_from_1(
+    own: tuple[int, ...], shape: tuple[int, ...], takes: bool
+) -> None:
+    spec = bundle.TensorSpec(name="x", datatype="FP32", shape=own)
+    assert spec.takes(shape) is takes
+    assert spec.dynamic is (-1 in own)
+
+
+def test_tied_weights_are_written(tmp_path: Path) -> None:
+    weight = torch.arange(6.0).reshape(2, 3)
+    path = write(tmp_path, state_dict={"one": weight, "same": weight, "part": weight[1]})
+    loaded = safetensors.torch.load_file(path / "model.safetensors")
+    torch.testing.assert_close(loaded, {"one": weight, "same": weight, "part": weight[1]})
 
 
 @given(st.binary() | st.text().map(str.encode))
@@ -290,29 +428,77 @@ def test_any_values_give_a_bundle_error_and_nothing_else(content: dict[str, Any]
         bundle.parse_manifest(json.dumps(content).encode(), where="here")
 
 
-@given(
-    st.builds(
+def specs(*, name: str, smallest: int) -> st.SearchStrategy[bundle.TensorSpec]:
+    sizes = st.integers(smallest, 1 << 40).filter(bool)
+    return st.builds(
         bundle.TensorSpec,
-        name=st.from_regex(r"\A[a-k][a-z0-9_]{0,9}\Z"),
+        name=st.from_regex(rf"\A{name}[a-z0-9_]{{0,9}}\Z"),
         datatype=st.sampled_from(["BOOL", "UINT8", "FP16", "FP32", "FP64", "INT64"]),
-        shape=st.lists(st.integers(1, 1 << 40), max_size=4).map(tuple),
+        shape=st.lists(sizes, max_size=4).map(tuple),
     )
-)
-def test_any_sound_manifest_survives_the_round_trip(spec: bundle.TensorSpec) -> None:
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> bundle.Manifest:
+    spec = draw(specs(name="a", smallest=-1))
+    feedback = draw(st.sampled_from([{}, {spec.name: spec.name}]))
+    ended = bundle.TensorSpec(name="ended", datatype="BOOL", shape=())
     entry = bundle.FileEntry(sha256="a" * 64, bytes=1)
-    manifest = bundle.Manifest(
+    return bundle.Manifest(
         format=1,
         name="m",
         version="v",
         created="2026-01-31T12:34:56Z",
-        architecture=bundle.Architecture(name="a", arguments={"sizes": [1, 2], "bias": True}),
+        architecture=bundle.Architecture(
+            name=draw(st.sampled_from(["a", "a:b", "a_1.b:C"])),
+            arguments={"sizes": [1, 2.5, "x"], "bias": True},
+        ),
         inputs=(spec,),
-        outputs=(spec,),
+        outputs=(spec, ended),
         labels=(),
-        training=TRAINING,
+        state=tuple(draw(st.lists(specs(name="s", smallest=1), max_size=1))),
+        feedback=feedback,
+        done=draw(st.sampled_from([None, "ended"])) if feedback else None,
+        training=draw(st.sampled_from([None, TRAINING])),
         files={bundle.WEIGHTS: entry, bundle.SAMPLES: entry},
     )
+
+
+@given(manifests())
+def test_any_sound_manifest_survives_the_round_trip(manifest: bundle.Manifest) -> None:
     assert bundle.parse_manifest(msgspec.json.encode(manifest), where="here") == manifest
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path to every value within `value`."""
+    pairs: Any = ()
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = enumerate(value)
+    found = [path] if path else []
+    return found + [deeper for key, part in pairs for deeper in places(part, (*path, key))]
+
+
+@given(manifests(), st.data())
+def test_a_changed_manifest_is_read_or_refused_and_nothing_else(
+    manifest: bundle.Manifest, data: st.DataObject
+) -> None:
+    content = json.loads(msgspec.json.encode(manifest))
+    *path, last = data.draw(st.sampled_from(places(content)))
+    inner = content
+    for key in path:
+        inner = inner[key]
+    inner[last] = data.draw(_json | st.sampled_from([spec.name for spec in manifest.outputs]))
+    try:
+        read = bundle.parse_manifest(json.dumps(content).encode(), where="here")
+    except bundle.BundleError:
+        return
+    # What was read is sound, so that whoever uses it need not look again.
+    assert bundle.parse_manifest(msgspec.json.encode(read), where="here") == read
+    names = [spec.name for spec in (*read.inputs, *read.outputs)]
+    assert all(spec.name not in names and not spec.dynamic for spec in read.state)
+    assert set(read.feedback) | {read.done or names[0]} <= set(names)
 
 
 def test_a_deeply_nested_manifest_is_refused() -> None:
@@ -399,6 +585,24 @@ def test_a_failure_before_the_end_leaves_nothing(
     monkeypatch.undo()
     assert list((tmp_path / "digits").iterdir()) == []
     assert write(tmp_path) == bundle.latest(tmp_path / "digits")
+
+
+def test_a_check_sees_the_whole_bundle_before_it_gets_its_name(tmp_path: Path) -> None:
+    seen = []
+
+    def check(path: Path) -> None:
+        assert not (tmp_path / "digits" / "v1").exists()
+        seen.append(bundle.verify(path))
+
+    path = write(tmp_path, check=check)
+    assert seen == [bundle.read_manifest(path)]
+
+    def refuse(path: Path) -> None:
+        raise bundle.BundleError("not good enough")
+
+    with pytest.raises(bundle.BundleError, match="not good enough"):
+        write(tmp_path, version="v2", check=refuse)
+    assert [entry.name for entry in path.parent.iterdir()] == ["v1"]
 
 
 def test_a_crash_before_the_end_leaves_no_version(

@@ -1,3 +1,4 @@
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gpu_service import __main__ as command_line
-from gpu_service import settings
+from gpu_service import admission, settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,9 +19,12 @@ ROOT = Path(__file__).parents[2]
         ["load", "ws://127.0.0.1:1", "--bundle", "/nonexistent"],
         ["settings"],
         ["serve"],
+        ["inspect", "/nonexistent"],
+        ["models", "list", "--control", "/nonexistent"],
+        ["token"],
     ],
 )
-def test_only_serving_imports_torch(arguments: list[str]) -> None:
+def test_only_serving_and_bundling_import_torch(arguments: list[str]) -> None:
     program = (
         "import sys\n"
         "from gpu_service.__main__ import main\n"
@@ -67,6 +71,18 @@ def test_an_address_where_nothing_listens_is_said(capsys: pytest.CaptureFixture[
         ["load", "ws://x", "--bundle", "b", "--duration-s", "nan"],
         ["load", "ws://x", "--bundle", "b", "--requests", "0"],
         ["load", "ws://x", "--bundle", "b", "--plot", "plot.png"],
+        ["bundle", "a:b", "--name", "n", "--output", "o"],
+        ["bundle", "a:b", "--name", "n", "--input", "x:FP32:1"],
+        ["bundle", "a:b", "--name", "n", "--input", "x", "--output", "o", "--seed", "-1"],
+        ["bundle", "a:b", "--name", "n", "--input", "x", "--output", "o", "--sample-count", "0"],
+        ["inspect"],
+        ["models"],
+        ["models", "list"],
+        ["models", "load", "--control", "c"],
+        ["models", "unload", "--control", "c"],
+        ["models", "list", "--control", "c", "--timeout-s", "0"],
+        ["token", "two words"],
+        ["token", "a#b"],
     ],
 )
 def test_wrong_use_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,3 +95,21 @@ def test_wrong_use_is_2(arguments: list[str], capsys: pytest.CaptureFixture[str]
 def test_settings_prints_the_reference(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["settings"]) == 0
     assert capsys.readouterr().out == settings.reference()
+
+
+def test_a_token_and_the_line_that_admits_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command_line.main(["token", "alice"]) == 0
+    said = capsys.readouterr()
+    token, line = said.out.splitlines()
+    assert said.err == ""
+    assert line == f"{hashlib.sha256(token.encode()).hexdigest()} alice"
+    file = tmp_path / "tokens"
+    file.touch(0o600)
+    file.write_text(line)
+    assert admission.Tokens(file).name_of(token) == "alice"
+    assert command_line.main(["token"]) == 0
+    other, line = capsys.readouterr().out.splitlines()
+    assert other != token
+    assert line == hashlib.sha256(other.encode()).hexdigest()

@@ -1,4 +1,7 @@
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -6,16 +9,23 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from gpu_service import bundle, datatypes
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import StartupError
+from gpu_service.dispatch import StartupError, Stream, Tensors
 from gpu_service.engine import (
+    BF16,
+    FP32,
+    TF32,
     TorchEngine,
+    _Rounded,
     _traced,
     buckets,
     choose_device,
     configure,
     good_batch,
+    open_bundle,
 )
+from gpu_service.logs import JsonFormatter
 from gpu_service.signature import ModelInfo
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="this host has no GPU")
@@ -45,11 +55,21 @@ def make(
     device: str = "cpu",
     inputs: tuple[TensorSpec, ...] = (X,),
     outputs: tuple[TensorSpec, ...] = (Y,),
+    state: tuple[TensorSpec, ...] = (),
     max_batch: int = 6,
+    max_streams: int = 3,
+    examples: Tensors | None = None,
 ) -> tuple[TorchEngine, Module]:
     module = Module(function)
-    info = ModelInfo(name="m", version="1", inputs=inputs, outputs=outputs)
-    engine = TorchEngine(module, info=info, device=torch.device(device), max_batch=max_batch)
+    info = ModelInfo(name="m", version="1", inputs=inputs, outputs=outputs, state=state)
+    engine = TorchEngine(
+        module,
+        info=info,
+        device=torch.device(device),
+        max_batch=max_batch,
+        max_streams=max_streams,
+        examples=examples,
+    )
     return engine, module
 
 
@@ -166,7 +186,8 @@ def test_no_gradients_are_kept() -> None:
 def test_the_self_test_compares_all_samples_in_batches_that_fit() -> None:
     engine, module = make(lambda x: 2 * x, max_batch=6)
     x = rows(*range(10))["x"]
-    assert engine.self_test({"x": x, "expected.y": 2 * x, "label": numpy.zeros(10)}) == 0
+    comparison = engine.self_test({"x": x, "expected.y": 2 * x, "label": numpy.zeros(10)})
+    assert (comparison.max_abs_diff, comparison.problem) == (0, None)
     assert module.sizes == [6, 4]
 
 
@@ -205,6 +226,17 @@ def test_float32_is_computed_as_float32_and_the_event_loop_keeps_a_core(
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_tf32_is_used_only_where_it_was_chosen() -> None:
+    before = torch.get_num_threads()
+    try:
+        for precision, allowed in ((TF32, True), (BF16, False), (FP32, False)):
+            configure(threads=before, precision=precision)
+            assert torch.backends.cudnn.allow_tf32 is allowed
+            assert torch.backends.cuda.matmul.allow_tf32 is allowed
+    finally:
+        configure(threads=before)
+
+
 def info(*inputs: TensorSpec) -> ModelInfo:
     return ModelInfo(name="m", version="1", inputs=inputs, outputs=(Y,))
 
@@ -234,3 +266,430 @@ def test_a_traced_network_answers_as_its_module() -> None:
 @pytest.mark.parametrize("module", [ByValue(), BySize()])
 def test_what_depends_on_values_or_sizes_is_not_traced(module: torch.nn.Module) -> None:
     assert _traced(module.eval(), info(X), max_batch=4) is None
+
+
+# ------------------------------------------------------------------------------ datatypes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("datatype", sorted(datatypes.NUMPY))
+def test_each_datatype_arrives_and_returns_as_it_is(datatype: str, device: str) -> None:
+    spec = TensorSpec(name="a", datatype=datatype, shape=(3,))
+    engine, _ = make(lambda a: a, device=device, inputs=(spec,), outputs=(spec,))
+    dtype = datatypes.NUMPY[datatype]
+    first, second = (numpy.array([[0, 1, 0]]).astype(dtype), numpy.array([[1, 1, 0]]).astype(dtype))
+    if dtype.kind in "iu":
+        second[0, 2] = numpy.iinfo(dtype).max
+    outputs = engine.run([{"a": first}, {"a": second}]).outputs["a"]
+    assert outputs.dtype == dtype
+    assert numpy.array_equal(outputs, numpy.concatenate([first, second]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_batches_are_copied_as_small_ones(device: str) -> None:
+    spec = TensorSpec(name="x", datatype="FP32", shape=(300_000,))
+    engine, _ = make(lambda x: x + 1, device=device, inputs=(spec,), outputs=(spec,), max_batch=2)
+    arrays = [numpy.full((1, 300_000), value, "<f4") for value in (1, 2)]
+    outputs = engine.run([{"x": array} for array in arrays]).outputs["x"]
+    assert (outputs[0] == 2).all()
+    assert (outputs[1] == 3).all()
+
+
+# ------------------------------------------------------------------------------ dynamic shapes
+
+WORDS = TensorSpec(name="words", datatype="INT64", shape=(-1,))
+LENGTHS = TensorSpec(name="lengths", datatype="INT64", shape=())
+EXAMPLES: Tensors = {"words": numpy.ones((2, 5), "<i8")}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_dynamic_dimension_is_as_long_as_the_batch_has_it(device: str) -> None:
+    engine, module = make(
+        lambda words: (words * 2, words.sum(-1)),
+        device=device,
+        inputs=(WORDS,),
+        outputs=(WORDS, LENGTHS),
+        examples=EXAMPLES,
+    )
+    for length in (1, 4, 7):
+        words = numpy.arange(length)[None].repeat(3, axis=0)
+        outputs = engine.run([{"words": words[:2]}, {"words": words[2:]}]).outputs
+        assert numpy.array_equal(outputs["words"], words * 2)
+        assert outputs["lengths"].tolist() == [words[0].sum()] * 3
+    assert module.sizes == [3, 3, 3]  # never padded
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_dynamic_model_is_warmed_up_and_checked_with_an_example(device: str) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def function(words: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(words.shape))
+        return words
+
+    engine, _ = make(
+        function, device=device, inputs=(WORDS,), outputs=(WORDS,), examples=EXAMPLES, max_batch=2
+    )
+    engine.warm_up()
+    engine.check()
+    assert set(seen) == {(1, 5), (2, 5)}
+
+
+def test_a_dynamic_output_has_to_have_its_other_dimensions() -> None:
+    spec = TensorSpec(name="y", datatype="INT64", shape=(-1, 2))
+    engine, _ = make(
+        lambda words: words[..., None].repeat(1, 1, 3),
+        inputs=(WORDS,),
+        outputs=(spec,),
+        examples=EXAMPLES,
+    )
+    with pytest.raises(ValueError, match=r"shape \[1, 5, 3\], its bundle says .* \[-1, 2\]"):
+        engine.run([{"words": numpy.ones((1, 5), "<i8")}])
+
+
+# ------------------------------------------------------------------------------ state
+
+H = TensorSpec(name="h", datatype="FP32", shape=(2,))
+STEPS = TensorSpec(name="steps", datatype="INT64", shape=())
+
+
+def running(x: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """An exponential sum: what comes out depends on all that came in, and on its order."""
+    new = 0.5 * h + x
+    return new * (steps + 1)[:, None], new, steps + 1
+
+
+def stateful(function: Callable[..., Any] = running, **options: Any) -> tuple[TorchEngine, Module]:
+    return make(function, state=(H, STEPS), **options)
+
+
+def alone(values: Sequence[float]) -> list[list[float]]:
+    h, outputs = numpy.zeros(2, "f4"), []
+    for steps, value in enumerate(values):
+        h = numpy.float32(0.5) * h + numpy.array([value, -value], "f4")
+        outputs.append((h * (steps + 1)).tolist())
+    return outputs
+
+
+def advance(
+    engine: TorchEngine, values: Sequence[float], streams: Sequence[Stream | None]
+) -> list[list[float]]:
+    y: list[list[float]] = engine.launch([rows(v) for v in values], streams)().outputs["y"].tolist()
+    return y
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_sequences_that_run_together_are_as_each_alone(device: str, warm: bool) -> None:
+    engine, _ = stateful(device=device, max_streams=5)
+    if warm:
+        engine.warm_up()
+    sequences = {slot: [slot + 1, 2.0 * slot, 3, -slot, 4] for slot in (3, 0, 4)}
+    streams = {slot: Stream(slot) for slot in sequences}
+    got: dict[int, list[list[float]]] = {slot: [] for slot in sequences}
+    # In other company and another place each time, with steps of no sequence in between.
+    for who in ([3], [0, 3], [4, 0], [3, 4, 0], [0, 3, 4], [4, 0], [3, 4]):
+        who = [slot for slot in who if len(got[slot]) < 5]
+        assert who
+        values: list[float] = [sequences[slot][len(got[slot])] for slot in who]
+        given: list[Stream | None] = [streams[slot] for slot in who]
+        values.insert(0, 9)
+        given.insert(0, None)
+        outputs = advance(engine, values, given)
+        assert outputs.pop(0) == [9, -9]
+        for slot, output in zip(who, outputs, strict=True):
+            got[slot].append(output)
+    for slot, values in sequences.items():
+        assert got[slot] == alone(values)[: len(got[slot])]
+        assert len(got[slot]) >= 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_new_sequence_starts_from_zeros_whatever_its_place_holds(device: str) -> None:
+    engine, _ = stateful(device=device)
+    before, other = Stream(1), Stream(0)
+    for value in (5, 6):
+        advance(engine, [value, value], [before, other])
+    fresh = Stream(1)
+    assert fresh.is_fresh
+    outputs = advance(engine, [1, 7], [fresh, other])
+    assert outputs == [alone([1])[-1], alone([5, 6, 7])[-1]]
+    assert not fresh.is_fresh
+    assert advance(engine, [2], [fresh]) == [alone([1, 2])[-1]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_without_a_sequence_starts_from_zeros_and_leaves_nothing(device: str) -> None:
+    engine, _ = stateful(device=device)
+    for _ in range(2):
+        assert advance(engine, [3, 4], [None, None]) == [[3, -3], [4, -4]]
+    assert engine.run([rows(1, 2), rows(3)]).outputs["y"].tolist() == [[1, -1], [2, -2], [3, -3]]
+
+
+def wrong_state(x: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x, h[:, :1], steps
+
+
+def fewer(x: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return x, h
+
+
+def raising(x: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    h += 1
+    raise RuntimeError("no")
+
+
+def unfetchable(x: torch.Tensor, h: torch.Tensor, steps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.complex(x, x).conj().imag, h + 1, steps + 1
+
+
+@pytest.mark.parametrize("function", [wrong_state, fewer, raising, unfetchable])
+def test_a_step_that_fails_changes_the_state_of_nobody(function: Callable[..., Any]) -> None:
+    engine, module = stateful()
+    old, fresh = Stream(0), Stream(1)
+    advance(engine, [1], [old])
+    module.function = function
+    with pytest.raises((ValueError, RuntimeError)):
+        engine.launch([rows(2), rows(3)], [old, fresh])()
+    assert fresh.is_fresh
+    module.function = running
+    outputs = advance(engine, [2, 3], [old, fresh])
+    assert outputs == [alone([1, 2])[-1], alone([3])[-1]]
+
+
+def test_a_state_other_than_declared_is_named() -> None:
+    engine, _ = stateful(wrong_state)
+    with pytest.raises(ValueError, match=r"returned 'h' as float32 of shape \[1, 1\]"):
+        engine.launch([rows(1)], [Stream(0)])
+    engine, _ = stateful(fewer)
+    with pytest.raises(ValueError, match="2 outputs, its bundle says 3, 2 of them the new state"):
+        engine.launch([rows(1)], [Stream(0)])
+
+
+def test_places_for_state_are_of_stateful_models_only() -> None:
+    engine, _ = stateful(max_streams=7)
+    assert engine.max_streams == 7
+    assert engine.state_bytes == 8 * (2 * 4 + 8)
+    engine, _ = make(lambda x: x, max_streams=7)
+    assert (engine.max_streams, engine.state_bytes) == (0, 0)
+
+
+def test_a_closed_engine_holds_nothing() -> None:
+    engine, module = stateful()
+    engine.close()
+    assert engine.state_bytes == 0
+    assert engine._network is not module
+
+
+# ------------------------------------------------------------------------------ CUDA graphs
+
+
+class Wide(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layer = torch.nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.layer(x))
+
+
+def wide(device: str, *, max_batch: int = 6) -> TorchEngine:
+    return TorchEngine(
+        Wide().eval(), info=info(X), device=torch.device(device), max_batch=max_batch
+    )
+
+
+@needs_gpu
+def test_a_graph_of_each_bucket_answers_as_the_module() -> None:
+    eager, graphs = wide("cuda:0"), wide("cuda:0")
+    graphs.warm_up()
+    assert graphs.graphs == len(buckets(6))
+    assert eager.graphs == 0
+    for samples in range(1, 7):
+        request = rows(*range(samples))
+        expected = eager.run([request]).outputs["y"]
+        numpy.testing.assert_allclose(graphs.run([request]).outputs["y"], expected, rtol=1e-6)
+
+
+@needs_gpu
+def test_what_a_graph_cannot_hold_runs_as_the_module() -> None:
+    engine, _ = make(lambda x: x if x.sum().item() > 0 else -x, device="cuda:0")
+    engine.warm_up()
+    assert engine.graphs == 0
+    assert engine.run([rows(-2)]).outputs["y"].tolist() == [[-2, 2]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_batches_launched_before_the_first_is_fetched_keep_apart(device: str) -> None:
+    engine, reference = wide(device), wide("cpu")
+    engine.warm_up()
+    requests = [rows(1, 2, 3), rows(4), rows(5, 6)]
+    expected = [reference.run([request]).outputs["y"] for request in requests]
+    no = [None]
+    first = engine.launch([requests[0]], no)
+    second = engine.launch([requests[1]], no)
+    got = [first().outputs["y"]]
+    third = engine.launch([requests[2]], no)
+    got += [second().outputs["y"], third().outputs["y"]]
+    for mine, wanted in zip(got, expected, strict=True):
+        numpy.testing.assert_allclose(mine, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_steps_of_a_sequence_launched_behind_one_another_see_each_other(device: str) -> None:
+    engine, _ = stateful(device=device)
+    engine.warm_up()
+    stream, other = Stream(0), Stream(1)
+    launched = [engine.launch([rows(value), rows(10 * value)], [stream, other]) for value in (1, 2)]
+    assert [result().outputs["y"].tolist() for result in launched] == [
+        [alone([1])[-1], alone([10])[-1]],
+        [alone([1, 2])[-1], alone([10, 20])[-1]],
+    ]
+
+
+@needs_gpu
+def test_outputs_of_a_gpu_are_contiguous_so_that_they_can_be_fed_back() -> None:
+    square = TensorSpec(name="x", datatype="FP32", shape=(2, 2))
+    engine, _ = make(
+        lambda x: x.transpose(1, 2), device="cuda:0", inputs=(square,), outputs=(square,)
+    )
+    x = numpy.arange(8, dtype="<f4").reshape(2, 2, 2)
+    once = engine.run([{"x": x}]).outputs["x"]
+    assert once.flags.c_contiguous
+    assert numpy.array_equal(engine.run([{"x": once[:1]}, {"x": once[1:]}]).outputs["x"], x)
+
+
+# ------------------------------------------------------------------------------ precision
+
+
+def rounded(function: Callable[..., Any], outputs: tuple[TensorSpec, ...] = (Y,)) -> TorchEngine:
+    told = ModelInfo(name="m", version="1", inputs=(X,), outputs=outputs)
+    device = torch.device("cpu")
+    network = _Rounded(Module(function), told, device)
+    return TorchEngine(network, info=told, device=device, max_batch=6)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: (x, x), "returned 2 outputs, its bundle says 1"),
+        (lambda x: x.double(), "'y' as float64"),
+    ],
+)
+def test_rounding_hides_no_output_other_than_declared(
+    function: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        rounded(function).run([rows(1)])
+
+
+def test_rounding_does_not_make_integers_of_numbers() -> None:
+    whole = TensorSpec(name="y", datatype="INT64", shape=(2,))
+    with pytest.raises(ValueError, match="'y' as float32"):
+        rounded(lambda x: x * 1.5, outputs=(whole,)).run([rows(1)])
+
+
+# ------------------------------------------------------------------------------ whole bundles
+
+FACTORY = """
+import torch
+
+class Recurrent(torch.nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.cell = torch.nn.GRUCell(2, size)
+        self.head = torch.nn.Linear(size, 2)
+
+    def forward(self, x, h):
+        new = self.cell(x, h)
+        return self.head(new), new
+"""
+
+HIDDEN = TensorSpec(name="h", datatype="FP32", shape=(4,))
+
+
+@pytest.fixture
+def recurrent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, torch.nn.Module]:
+    """The bundle of a small recurrent network, and the network."""
+    (tmp_path / "recurrent_network.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "recurrent_network", raising=False)
+    import recurrent_network  # type: ignore[import-not-found]
+
+    torch.manual_seed(0)
+    network: torch.nn.Module = recurrent_network.Recurrent(4).eval()
+    x = numpy.random.default_rng(0).random((8, 2), "f4")
+    with torch.inference_mode():
+        y = network(torch.from_numpy(x), torch.zeros(8, 4))[0].numpy()
+    path = bundle.write(
+        directory=tmp_path,
+        name="recurrent",
+        architecture=bundle.Architecture(name="recurrent_network:Recurrent", arguments={"size": 4}),
+        inputs=(X,),
+        outputs=(Y,),
+        state=(HIDDEN,),
+        labels=(),
+        state_dict=network.state_dict(),
+        samples={"x": x, "expected.y": y},
+    )
+    return path, network
+
+
+def opened(path: Path, device: str = "cpu", **options: Any) -> TorchEngine:
+    return open_bundle(
+        path,
+        device=torch.device(device),
+        max_batch=4,
+        max_streams=2,
+        factories=("recurrent_network",),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_stateful_bundle_answers_as_its_network(
+    recurrent: tuple[Path, torch.nn.Module], device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, network = recurrent
+    with caplog.at_level("INFO"):
+        engine = opened(path, device)
+    assert engine.model.version == path.name
+    assert engine.model.digest == bundle.digest(path)
+    assert engine.max_streams == 2
+    streams = [Stream(0), Stream(1)]
+    h = torch.zeros(2, 4)
+    for values in ([1.0, 2.0], [3.0, -1.0], [0.5, 0.25]):
+        requests = [rows(value) for value in values]
+        got = engine.launch(requests, streams)().outputs["y"]
+        with torch.inference_mode():
+            y, h = network(torch.from_numpy(numpy.concatenate([r["x"] for r in requests])), h)
+        numpy.testing.assert_allclose(got, y.numpy(), rtol=1e-4, atol=1e-5)
+    told = fields_of(caplog, "model_loaded")
+    assert told["forward"] == ("traced" if device == "cpu" else "graphs")
+    assert told["precision"] == FP32
+    assert told["max_abs_diff"] < 1e-3
+    assert told["state_bytes"] == 3 * 4 * 4
+
+
+def test_bfloat16_changes_the_answers_a_little_and_says_how_much(
+    recurrent: tuple[Path, torch.nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _ = recurrent
+    exact = opened(path)
+    with caplog.at_level("INFO"):
+        coarse = opened(path, precision=BF16)
+    request = [rows(0.3, 0.7)]
+    one, other = exact.run(request).outputs["y"], coarse.run(request).outputs["y"]
+    assert other.dtype == numpy.dtype("<f4")
+    assert not numpy.array_equal(one, other)
+    numpy.testing.assert_allclose(one, other, atol=0.05)
+    told = fields_of(caplog, "model_loaded")
+    assert told["precision"] == BF16
+    assert 0 < told["max_abs_diff"] < 0.05
+
+
+def fields_of(caplog: pytest.LogCaptureFixture, event: str) -> dict[str, Any]:
+    (record,) = [record for record in caplog.records if record.getMessage() == event]
+    told: dict[str, Any] = json.loads(JsonFormatter().format(record))
+    return told
