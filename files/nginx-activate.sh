@@ -5,7 +5,7 @@
 #                                         differs, is .NAME.candidate in the same folder
 #   nginx-activate --previous             the files that the last change replaced
 #
-# Stands behind handshake.sh, whose function it uses.
+# Stands behind handshake.sh, whose functions it uses.
 # Ends with 0 when nginx runs it, and notes DIGEST as applied; else with 1, having said why.
 set -u
 state=/var/lib/gpu-gateway
@@ -19,7 +19,7 @@ candidate_of() { printf '%s/.%s.candidate' "${1%/*}" "${1##*/}"; }
 # More than once: a worker that is just being restarted must not condemn a configuration.
 clients_are_served() {
     for _ in $(seq 5); do
-        [[ $(handshake_status "$1" 2>/dev/null) == *' 101 '* ]] && return 0
+        is_served "$(handshake_status "$1" 2>/dev/null)" && return 0
         sleep 0.5
     done
     return 1

@@ -297,14 +297,16 @@ def _unit_state(values: dict[str, str]) -> UnitState:
 
 
 class WorkerPorts(FactBase[list[int]]):
-    """Ports of all `gpu-worker@PORT` instances that are enabled, running or failed."""
+    """Ports of all `gpu-worker@PORT` instances, services and sockets, that are enabled, running or
+    failed.
+    """
 
     @override
     def command(self) -> str:
         return (
-            "{ systemctl list-units --all --plain --no-legend 'gpu-worker@*.service'; "
-            "ls /etc/systemd/system/multi-user.target.wants/ 2>/dev/null "
-            "| grep '^gpu-worker@'; } | awk '{print $1}' | sort -u"
+            "{ systemctl list-units --all --plain --no-legend 'gpu-worker@*'; "
+            "cd /etc/systemd/system && ls multi-user.target.wants/ sockets.target.wants/ "
+            "2>/dev/null | grep '^gpu-worker@'; } | awk '{print $1}' | sort -u"
         )
 
     @staticmethod
@@ -314,8 +316,8 @@ class WorkerPorts(FactBase[list[int]]):
 
     @override
     def process(self, output: list[str]) -> list[int]:
-        matches = (re.fullmatch(r"gpu-worker@(\d+)\.service", line) for line in output)
-        return [int(match.group(1)) for match in matches if match]
+        matches = (re.fullmatch(r"gpu-worker@(\d+)\.(service|socket)", line) for line in output)
+        return sorted({int(match.group(1)) for match in matches if match})
 
 
 @dataclass(frozen=True)
@@ -388,7 +390,7 @@ class NewestFirst(FactBase[dict[str, list[str]]]):
 
 
 class WorkerPaths(FactBase[frozenset[str]]):
-    """Paths of environments, packages and bundles that settings files of workers name.
+    """Paths of environments, packages, bundles and tokens that settings files of workers name.
 
     The current ones, and those kept to go back to.
     """
@@ -396,8 +398,8 @@ class WorkerPaths(FactBase[frozenset[str]]):
     @override
     def command(self, folder: str) -> StringCommand:
         return script(
-            'cat "$1"/worker-*.env* 2>/dev/null | sed -n '
-            "'s/^\\(GPU_WORKER_PYTHON\\|PYTHONPATH\\|GPU_SERVICE_BUNDLE\\)=//p' | sort -u",
+            'cat "$1"/worker-*.env* 2>/dev/null | sed -n -E '
+            "'s/^(GPU_WORKER_PYTHON|PYTHONPATH|GPU_SERVICE_(BUNDLE|TOKENS_FILE))=//p' | sort -u",
             folder,
         )
 

@@ -378,14 +378,24 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerUnit:
-    """One worker: its unit, the settings file that switches it, and the digest in that file."""
+    """One worker: its unit, the settings file that switches it, and the digest in that file.
+
+    `keeps_socket`: systemd holds the listening socket, so that connects wait during a restart.
+    """
 
     name: str
     settings: ManagedFile
     deployment: str
+    keeps_socket: bool
 
-    def runs(self, state: facts.UnitState) -> bool:
-        return state.active == "active" and state.deployment == self.deployment
+    @property
+    def socket(self) -> str:
+        return f"{self.name.removesuffix('.service')}.socket"
+
+    def runs(self, service: facts.UnitState, socket: facts.UnitState) -> bool:
+        """Whether what was declared is what runs, listening on the socket that was declared."""
+        as_declared = service.active == "active" and service.deployment == self.deployment
+        return as_declared and (socket.active == "active") == self.keeps_socket
 
 
 @operation()
@@ -398,11 +408,12 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
     Each worker's settings file is swapped in just before its restart, so one whose turn has not
     come would, crashing, come back as it was. `systemctl restart` returns when the worker is
     ready (`Type=notify`). One that does not become ready gets its previous settings back, and
-    no other is touched. Compared is what the *running process* was started with, so nothing is
-    restarted twice, and nothing is forgotten when a run is cut.
+    no other is touched (files/worker-switch.sh). Compared is what the *running process* was
+    started with, so nothing is restarted twice, and nothing is forgotten when a run is cut.
     """
     workers = list(workers)
-    found = host.get_fact(facts.UnitStates, units=tuple(worker.name for worker in workers))
+    units = tuple(unit for worker in workers for unit in (worker.name, worker.socket))
+    found = host.get_fact(facts.UnitStates, units=units)
     files = host.get_fact(facts.FileStates, paths=tuple(worker.settings.path for worker in workers))
     _show_diffs(
         worker.settings
@@ -412,11 +423,15 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
     if any(unit.needs_daemon_reload for unit in found.values()):
         yield quoted("systemctl", "daemon-reload")
     for worker in workers:
-        running = found.get(worker.name, facts.UnitState())
+        service = found.get(worker.name, facts.UnitState())
+        socket = found.get(worker.socket, facts.UnitState())
         in_place = worker.settings.matches(files.get(worker.settings.path))
-        if not running.enabled:
+        if not service.enabled:
             yield quoted("systemctl", "enable", "--quiet", worker.name)
-        if worker.runs(running) and in_place:
+        if socket.enabled != worker.keeps_socket:
+            verb = "enable" if worker.keeps_socket else "disable"
+            yield quoted("systemctl", verb, "--quiet", worker.socket)
+        if worker.runs(service, socket) and in_place:
             continue
         if executing() and rollout.failed_on:
             yield fail(f"{worker.name} is as it was, because {rollout.failed_on} failed before it")
@@ -424,27 +439,16 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
         if not in_place:
             yield script('[ ! -f "$1" ] || cp -p "$1" "$1.previous"', worker.settings.path)
             yield from _swap_in(worker.settings, None)
-        if worker.runs(running):
+        if worker.runs(service, socket):
             continue  # only the file had drifted
         # Stays set if the restart fails, since the generator is not resumed then.
         rollout.failed_on = f"{worker.name} on {host.name}" if executing() else None
-        yield _restart_or_go_back(worker)
+        yield _switch_worker(worker.name, worker.settings.path)
         rollout.failed_on = None
 
 
-def _restart_or_go_back(worker: WorkerUnit) -> StringCommand:
-    """Restart; what it ran before is kept as `.rollback` when it becomes ready, else put back."""
-    return script(
-        'systemctl restart "$1" && '
-        '{ [ ! -f "$2.previous" ] || mv -f "$2.previous" "$2.rollback"; exit 0; }; '
-        'echo "$1 failed to become ready; its last words:" >&2; '
-        'journalctl -u "$1" -n 20 --no-pager -o cat >&2; '
-        '[ -f "$2.previous" ] || exit 1; '
-        'mv -f "$2.previous" "$2"; '
-        'systemctl restart "$1" && echo "$1 serves again what it served before" >&2; exit 1',
-        worker.name,
-        worker.settings.path,
-    )
+def _switch_worker(*arguments: str) -> StringCommand:
+    return quoted("bash", "-c", rendering.shell("worker-switch.sh"), "worker-switch", *arguments)
 
 
 @operation(is_idempotent=False)
@@ -459,17 +463,7 @@ def previous_workers(units: Mapping[str, str], rollout: Rollout) -> Commands:
             yield fail(f"{unit} is as it was, because {rollout.failed_on} failed before it")
             return
         rollout.failed_on = f"{unit} on {host.name}" if executing() else None
-        # The two change places, so that a second rollback goes forward again.
-        yield script(
-            '[ -f "$2.rollback" ] || { echo "$1 has run nothing else before" >&2; exit 1; }; '
-            'mv -f "$2" "$2.previous" && mv -f "$2.rollback" "$2" && systemctl restart "$1" && '
-            '{ mv -f "$2.previous" "$2.rollback"; exit 0; }; '
-            'echo "$1 failed to become ready with what it ran before; its last words:" >&2; '
-            'journalctl -u "$1" -n 20 --no-pager -o cat >&2; '
-            'mv -f "$2" "$2.rollback"; mv -f "$2.previous" "$2"; systemctl restart "$1"; exit 1',
-            unit,
-            settings,
-        )
+        yield _switch_worker("--previous", unit, settings)
         rollout.failed_on = None
 
 
@@ -486,7 +480,8 @@ def retire_workers(keep: Iterable[int], settings_file: Callable[[int], str]) -> 
         return
     firewall = host.get_fact(facts.Firewalld)
     for port in retired:
-        yield quoted("systemctl", "disable", "--quiet", "--now", f"gpu-worker@{port}.service")
+        units = (f"gpu-worker@{port}.socket", f"gpu-worker@{port}.service")
+        yield quoted("systemctl", "disable", "--quiet", "--now", *units)
         path = settings_file(port)
         yield quoted("rm", "-f", "--", path, f"{path}.previous", f"{path}.rollback")
         if firewall is None:

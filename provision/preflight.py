@@ -24,7 +24,8 @@ from pyinfra.api.connectors import get_execution_connectors
 from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.inventory import Inventory
 
-from gpu_service import bundle
+from gpu_service import admission, bundle
+from gpu_service.dispatch import StartupError
 from provision import rendering
 from provision.rendering import CHECKOUT
 from provision.settings import (
@@ -164,6 +165,7 @@ def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
         problems += error.problems
     if with_files:
         problems += _bundle_problems(hosts)
+        problems += _file_problems(fleet) if fleet else []
         problems += _template_problems(fleet) if fleet else []
     if problems or fleet is None:
         raise RefusedError(problems)
@@ -195,6 +197,26 @@ def _bundle_problems(hosts: Iterable[HostInput]) -> list[str]:
         except bundle.BundleError as error:
             problems.append(f"model {model}: {error}")
     return problems
+
+
+def _file_problems(fleet: Fleet) -> list[str]:
+    """Files of the operator's that are named and cannot be used, each once."""
+    problems: dict[str, None] = {}
+    for worker in fleet.workers.values():
+        for wheel in worker.wheels:
+            if not (CHECKOUT / wheel).is_file():
+                problems[f"worker_packages: {wheel} is no file; build it, or take it out"] = None
+        if worker.worker_tokens:
+            problems |= dict.fromkeys(_token_problems(worker.worker_tokens))
+    return list(problems)
+
+
+def _token_problems(name: str) -> list[str]:
+    try:
+        admission.Tokens(CHECKOUT / name)
+    except StartupError as error:
+        return [f"worker_tokens: {error}"]
+    return []
 
 
 @cache

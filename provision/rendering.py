@@ -18,7 +18,14 @@ from provision.settings import Fleet, GatewaySettings
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEMPLATES = CHECKOUT / "templates"
 FILES = CHECKOUT / "files"
-STATIC_FILES = ("404.html", "50x.html", "nginx.logrotate", "handshake.sh", "nginx-activate.sh")
+STATIC_FILES = (
+    "404.html",
+    "50x.html",
+    "nginx.logrotate",
+    "handshake.sh",
+    "nginx-activate.sh",
+    "worker-switch.sh",
+)
 
 
 class RenderError(Exception):
@@ -87,6 +94,7 @@ def check_all(fleet: Fleet) -> None:
         render("nginx-limits.conf.j2", gateway=gateway)
     for worker in fleet.workers.values():
         render("gpu-worker@.service.j2", **unit_placeholders(), worker=worker)
+        render("gpu-worker@.socket.j2", **unit_placeholders(), worker=worker)
     for name in STATIC_FILES:
         static(name)
 
@@ -105,6 +113,6 @@ def unit_placeholders() -> dict[str, Any]:
     """Stand-ins for what is known only on the host, for a trial rendering."""
     return {
         "settings_dir": "/nonexistent",
-        "gateway_addresses": ["192.0.2.1"],
+        "allowed_addresses": ["192.0.2.1"],
         "has_gpu": False,
     }

@@ -11,11 +11,15 @@ import dataclasses
 import difflib
 import ipaddress
 import math
+import posixpath
+import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypeVar
 
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from gpu_service import settings as service_settings
@@ -186,6 +190,24 @@ class WorkerSettings(CommonSettings):
         default="0.0.0.0",  # noqa: S104  the firewall decides who may connect
         description="Address that the workers listen on.",
     )
+    socket_activation: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Whether systemd holds the workers' listening sockets, so that connects wait "
+        "while a worker restarts, instead of being refused. `auto`: only where this is the one "
+        "worker of the inventory; with more, nginx turns to another at once (docs/runbook.md).",
+    )
+    worker_tokens: str | None = Field(
+        default=None,
+        description="File on the operator's machine with the SHA-256 of each token that may "
+        "connect, one a line, a name behind it; relative to the checkout. None: anybody may. A "
+        "change takes effect without a restart.",
+    )
+    worker_packages: tuple[str, ...] = Field(
+        default=(),
+        description="Packages for models of your own, beside the service's: paths of wheels, "
+        "relative to the checkout, or `NAME==VERSION`. Bundles may use of them what the service's "
+        "option `factories` names, or what is registered as `gpu_service.models`.",
+    )
     service_options: dict[str, Any] = Field(
         default_factory=dict,
         description="Options of `python -m gpu_service serve` by name, for example "
@@ -235,6 +257,10 @@ class WorkerSettings(CommonSettings):
         if repeated:
             problems.append(f"worker_ports names {', '.join(map(str, repeated))} more than once")
         problems += _service_problems(self.service_options)
+        problems += [
+            f"worker_packages: {p}" for p in map(_package_problem, self.worker_packages) if p
+        ]
+        problems += _collector_problems(self.service_options)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -243,6 +269,27 @@ class WorkerSettings(CommonSettings):
         """Value of an option of the service: as set here, or its own default."""
         fields = {field.name: field for field in dataclasses.fields(service_settings.Settings)}
         return self.service_options.get(name, fields[name].default)
+
+    @property
+    def listens_everywhere(self) -> bool:
+        """Whether the workers listen on every address of their host."""
+        return ipaddress.ip_address(self.worker_listen).is_unspecified
+
+    @property
+    def bracketed_listen(self) -> str:
+        """The address that the workers listen on, as it stands before a port."""
+        return _bracketed(self.worker_listen)
+
+    @property
+    def wheels(self) -> tuple[str, ...]:
+        """Those of `worker_packages` that are files."""
+        return tuple(package for package in self.worker_packages if _is_wheel(package))
+
+    @property
+    def collector_address(self) -> str | None:
+        """IP address that the workers send traces to; None: this host itself, or nowhere."""
+        host = _collector_host(self.service_options)
+        return None if host in (None, "localhost") else host
 
     @property
     def stop_timeout_s(self) -> int:
@@ -261,7 +308,18 @@ class TrainerSettings(CommonSettings):
 
 # What the deploy decides itself, worker by worker.
 MANAGED_SERVICE_OPTIONS = frozenset(
-    {"bundle", "host", "port", "device", "threads", "worker", "deployment"}
+    {
+        "bundle",
+        "host",
+        "port",
+        "device",
+        "threads",
+        "worker",
+        "deployment",
+        "control",
+        "tokens_file",
+        "trusted_proxies",
+    }
 )
 
 
@@ -282,6 +340,45 @@ def _service_problems(options: Mapping[str, Any]) -> list[str]:
     except service_settings.SettingsError as error:
         problems += [f"service_options: {problem}" for problem in error.problems]
     return problems
+
+
+def _is_wheel(package: str) -> bool:
+    return package.endswith(".whl")
+
+
+def _package_problem(package: str) -> str | None:
+    """What is wrong with an entry of `worker_packages`; whether its file exists, preflight asks."""
+    try:
+        if _is_wheel(package):
+            parse_wheel_filename(posixpath.basename(package))
+            return None
+        wanted = Requirement(package)
+    except (InvalidWheelFilename, InvalidRequirement) as error:
+        return f"{package!r}: {error}".replace("\n", " ")
+    pins = [pin for pin in wanted.specifier if pin.operator == "==" and "*" not in pin.version]
+    if wanted.url or len(pins) != 1 or len(wanted.specifier) != 1:
+        # Or two hosts with the same settings would get different packages.
+        return f"{package!r} is not pinned; write NAME==VERSION, or the path of a wheel"
+    return None
+
+
+def _collector_host(options: Mapping[str, Any]) -> str | None:
+    return urllib.parse.urlsplit(str(options.get("otlp_endpoint", ""))).hostname
+
+
+def _collector_problems(options: Mapping[str, Any]) -> list[str]:
+    host = _collector_host(options)
+    if host in (None, "localhost"):
+        return []
+    try:
+        ipaddress.ip_address(host or "")
+    except ValueError:
+        return [
+            f"service_options.otlp_endpoint: {host} is a name; the workers' units admit addresses "
+            "only (IPAddressAllow=), so write its IP address, or localhost for a collector on "
+            "each host"
+        ]
+    return []
 
 
 MODELS: dict[Group, type[CommonSettings]] = {
@@ -319,6 +416,13 @@ class Fleet:
 
     def gateway_addresses(self) -> list[str]:
         return [self.addresses[name] for name in self.gateways]
+
+    def keeps_sockets(self, worker: WorkerSettings) -> bool:
+        """Whether systemd holds the listening sockets of `worker`'s processes."""
+        if worker.socket_activation == "auto":
+            # With another worker there, a refused connect is the faster way to it.
+            return len(self.upstream_servers()) == 1
+        return worker.socket_activation == "on"
 
 
 class InvalidFleetError(Exception):

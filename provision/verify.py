@@ -1,8 +1,9 @@
 """The end of a deploy: it proves that clients are served, or fails saying what it saw and why.
 
 On each worker host: one real prediction per worker, compared with what the trained model
-answered. On each gateway host: a WebSocket handshake through the public port. Checks change
-nothing and count as no change.
+answered; where workers ask for tokens, of which the deploy has none, that each is ready, which it
+is only after its model answered its own samples. On each gateway host: a WebSocket handshake
+through the public port. Checks change nothing and count as no change.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from provision.settings import GatewaySettings, WorkerSettings
 
 @deploy("Verify workers")
 def verify_workers(settings: WorkerSettings, planned: workers.Plan) -> None:
+    if settings.worker_tokens:
+        ready(
+            name="Each worker is ready",
+            address=_reachable(settings),
+            ports=settings.worker_ports,
+        )
+        return
     predict(
         name="One real prediction per worker",
         urls=[f"ws://{_reachable(settings)}:{port}" for port in settings.worker_ports],
@@ -34,8 +42,7 @@ def verify_workers(settings: WorkerSettings, planned: workers.Plan) -> None:
 
 
 def _reachable(settings: WorkerSettings) -> str:
-    any_address = settings.worker_listen in ("0.0.0.0", "::")  # noqa: S104
-    return "127.0.0.1" if any_address else settings.worker_listen
+    return "127.0.0.1" if settings.listens_everywhere else settings.worker_listen
 
 
 @deploy("Verify gateway")
@@ -71,6 +78,31 @@ def predict(urls: list[str], bundle: str, python: str, release: str, user: str) 
     )
 
 
+_READY = """
+exec 3<>"/dev/tcp/$1/$2" || exit 1
+printf '%s\\r\\n' 'GET /v2/health/ready HTTP/1.1' 'Host: localhost' 'Connection: close' '' >&3
+IFS= read -r -t 10 -u 3 line
+printf '%s\\n' "${line%?}"
+"""
+
+
+@operation()
+def ready(address: str, ports: Iterable[int]) -> Commands:
+    """Every worker has to say that it is ready."""
+    if not executing():
+        return
+    for port in ports:
+        _, output = ask(quoted("bash", "-c", _READY, "ready", address, str(port)))
+        status = output.stdout_lines[0] if output.stdout_lines else ""
+        if " 200 " not in f"{status} ":
+            yield fail(
+                f"the worker on port {port} is not ready: {status or 'nothing answered'}",
+                f"look at: journalctl -u gpu-worker@{port} -n 50",
+            )
+            return
+        host.log(f"verified: the worker on port {port} is ready")
+
+
 _EVIDENCE = r"""
 echo "nginx: $(systemctl is-active nginx)"
 echo "selinux: $(getenforce 2>/dev/null || echo absent)"
@@ -82,15 +114,18 @@ tail -n 20 /var/log/nginx/error.log 2>/dev/null
 
 @operation()
 def handshake(port: int) -> Commands:
-    """A handshake on the gateway's public port has to be answered with 101."""
+    """A handshake on the gateway's public port has to be answered by a worker: with 101, or with
+    401 by one that asks for a token.
+    """
     if not executing():
         return
     text = rendering.shell("handshake.sh") + 'handshake_status "$1"\n'
     _, output = ask(quoted("bash", "-c", text, "handshake", str(port)))
     status = output.stdout_lines[0] if output.stdout_lines else ""
-    if " 101 " in f"{status} ":
-        host.log(f"verified: port {port} answers a WebSocket handshake with 101")
-        return
+    for code in ("101", "401"):
+        if f" {code} " in f"{status} ":
+            host.log(f"verified: port {port} answers a WebSocket handshake with {code}")
+            return
     _, evidence = ask(quoted("bash", "-c", _EVIDENCE))
     seen = Sighting(status=status, port=port, evidence=tuple(evidence.stdout_lines))
     yield fail(*diagnose(seen))

@@ -2,9 +2,10 @@
 
 A host without internet gets its whole virtual environment from here. A wheelhouse is a folder
 `.wheelhouse/BUILD-cp311-x86_64/` of wheels with a `requirements.lock` that pins each by version
-and SHA-256; the lock is written last, so a folder without one is an interrupted build.
+and SHA-256; the lock is written last, so a folder without one is an interrupted build. One with
+packages of your own (`worker_packages`) carries a digest of them behind its name.
 
-    python -m provision.wheelhouse build [--torch cpu|cuda] [--torch-index URL]
+    python -m provision.wheelhouse build [--torch cpu|cuda] [--torch-index URL] [--package P …]
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from packaging.utils import parse_wheel_filename
@@ -38,18 +41,39 @@ class Target:
     build: str  # cpu or cuda
     python: str  # "3.11"
     machine: str  # as `uname -m` says: x86_64 or aarch64
+    packages: tuple[str, ...] = ()  # beside the service's own: wheels, or NAME==VERSION
 
     @property
     def folder(self) -> Path:
-        return ROOT / f"{self.build}-cp{self.python.replace('.', '')}-{self.machine}"
+        name = f"{self.build}-cp{self.python.replace('.', '')}-{self.machine}"
+        return ROOT / (f"{name}-with-{_digest_of(self.packages)}" if self.packages else name)
 
     @property
     def command(self) -> str:
         """What the operator types to build it."""
+        own = "".join(f" --package {shlex.quote(package)}" for package in self.packages)
         return (
             f".venv/bin/python -m provision.wheelhouse build --torch {self.build} "
-            f"--python {self.python} --machine {self.machine}"
+            f"--python {self.python} --machine {self.machine}{own}"
         )
+
+
+@cache
+def _digest_of(packages: tuple[str, ...]) -> str:
+    """Of names and, where they are files, of what is in them. Raises `WheelhouseError`."""
+    digest = hashlib.sha256()
+    for package in packages:
+        digest.update(f"{package}\0".encode())
+        if package.endswith(".whl"):
+            digest.update(_read(package))
+    return digest.hexdigest()[:8]
+
+
+def _read(wheel: str) -> bytes:
+    try:
+        return (CHECKOUT / wheel).read_bytes()
+    except OSError as error:
+        raise WheelhouseError(f"the wheel {wheel} cannot be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +131,7 @@ def build(target: Target, *, torch_index: str | None = None) -> Wheelhouse:
 def _download(folder: Path, target: Target, torch_index: str | None) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--requirement", str(REQUIREMENTS)]
+    command += [str(CHECKOUT / p) if p.endswith(".whl") else p for p in target.packages]
     if not _is_this_machine(target):
         command += ["--python-version", target.python, "--implementation", "cp"]
         # Oldest glibc first: torch 2.13 asks for 2.28, which EL 8 and all later have.
@@ -175,9 +200,21 @@ def main() -> int:
     parser.add_argument("--python", default="3.11", help="Python of the hosts (default 3.11)")
     parser.add_argument("--machine", default=os.uname().machine, help="machine type of the hosts")
     parser.add_argument("--torch-index", help="extra index with the wanted build of torch")
+    parser.add_argument(
+        "--package",
+        action="append",
+        default=[],
+        metavar="WHEEL|NAME==VERSION",
+        help="one of worker_packages, in their order; once for each",
+    )
     parser.add_argument("--if-missing", action="store_true", help="do nothing if it is there")
     options = parser.parse_args()
-    target = Target(build=options.torch, python=options.python, machine=options.machine)
+    target = Target(
+        build=options.torch,
+        python=options.python,
+        machine=options.machine,
+        packages=tuple(options.package),
+    )
     try:
         if options.if_missing:
             try:

@@ -6,7 +6,9 @@ On the host:
     /opt/gpu-service/releases/DIGEST/   the gpu_service package, named by its content
     /var/lib/gpu-service/models/…       bundles (provision/models.py)
     /etc/gpu-service/worker-PORT.env    settings of one worker
-    /etc/systemd/system/gpu-worker@.service
+    /etc/gpu-service/tokens             SHA-256 of the tokens that may connect, if they are needed
+    /etc/systemd/system/gpu-worker@.service, gpu-worker@.socket
+    /run/gpu-service-PORT/control.sock  what `python -m gpu_service models` speaks to
 
 Environments, releases and bundles never change once complete. A worker's settings file names
 all three by their versions, so swapping that file in is the one step that switches it.
@@ -22,6 +24,7 @@ import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 from pyinfra import host
 from pyinfra.api import deploy, operation
@@ -39,6 +42,8 @@ OPT = "/opt/gpu-service"
 ETC = "/etc/gpu-service"
 STATE = "/var/lib/gpu-service"
 UNIT_FILE = "/etc/systemd/system/gpu-worker@.service"
+SOCKET_FILE = "/etc/systemd/system/gpu-worker@.socket"
+TOKENS = f"{ETC}/tokens"
 
 
 def unit(port: int) -> str:
@@ -55,7 +60,8 @@ class Environment:
 
     python: str
     digest: str
-    wheels: tuple[ManagedFile, ...]  # empty: pip on the host downloads
+    offline: bool  # all of it comes from `wheels`; else pip on the host downloads the rest
+    wheels: tuple[ManagedFile, ...]
     requirements: bytes
     pip_conf: bytes | None = field(repr=False)  # may hold a token
 
@@ -113,15 +119,17 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
         name=f"Model {planned.model.name} {planned.model.version} is on the host",
         model=planned.model,
     )
-    template = unit_file(settings, fleet, planned)
-    operations.place_files(name="Unit of the workers", files=[template])
+    templates = unit_files(settings, fleet, planned)
+    operations.place_files(name="Units of the workers", files=templates)
+    if settings.worker_tokens:
+        operations.place_files(name="Tokens that may connect", files=[tokens_file(settings)])
     operations.firewalld(
         name="Worker ports are open to the gateways only",
         ports_from={port: fleet.gateway_addresses() for port in settings.worker_ports},
     )
     operations.roll_workers(
         name="Workers run what was declared, one after the other",
-        workers=worker_units(settings, planned, template),
+        workers=worker_units(settings, fleet, planned, templates),
         rollout=_ROLLOUT,
         _serial=True,
     )
@@ -149,6 +157,8 @@ def retire(settings: WorkerSettings, planned: Plan) -> None:
     operations.retire_workers(
         name="No other workers", keep=settings.worker_ports, settings_file=settings_path
     )
+    if not settings.worker_tokens:
+        forget_tokens(name="No tokens that nobody reads")
     prune(
         name=f"At most {settings.keep_versions} versions are kept",
         folders=[f"{OPT}/venvs", f"{OPT}/releases", planned.model.parent],
@@ -196,7 +206,10 @@ def choose_environment(settings: WorkerSettings, hardware: Hardware) -> Environm
         return _from_index(settings, build)
     version = re.search(r"(3\.\d+)", settings.python)
     target = wheelhouse.Target(
-        build=build, python=version.group(1) if version else "3.11", machine=hardware.machine
+        build=build,
+        python=version.group(1) if version else "3.11",
+        machine=hardware.machine,
+        packages=settings.worker_packages,
     )
     try:
         return _from_wheelhouse(settings, wheelhouse.find(target))
@@ -212,6 +225,7 @@ def _from_wheelhouse(settings: WorkerSettings, source: wheelhouse.Wheelhouse) ->
     return Environment(
         python=settings.python,
         digest=source.digest,
+        offline=True,
         wheels=_wheels(source),
         requirements=source.lock.encode(),
         pip_conf=None,
@@ -221,9 +235,11 @@ def _from_wheelhouse(settings: WorkerSettings, source: wheelhouse.Wheelhouse) ->
 @cache
 def _wheels(source: wheelhouse.Wheelhouse) -> tuple[ManagedFile, ...]:
     """The same objects for every host: gigabytes are hashed once a run, not once a host."""
-    return tuple(
-        ManagedFile(path=f"{OPT}/wheels/{path.name}", content=path) for path in source.wheels
-    )
+    return tuple(_uploaded(path) for path in source.wheels)
+
+
+def _uploaded(wheel: Path) -> ManagedFile:
+    return ManagedFile(path=f"{OPT}/wheels/{wheel.name}", content=wheel)
 
 
 def _from_index(settings: WorkerSettings, build: str) -> Environment:
@@ -234,12 +250,15 @@ def _from_index(settings: WorkerSettings, build: str) -> Environment:
         lines.append(f"extra-index-url = {settings.torch_index_url.get_secret_value()}")
     if settings.index_trusted_host:
         lines.append(f"trusted-host = {settings.index_trusted_host}")
-    requirements = wheelhouse.REQUIREMENTS.read_bytes()
-    named = b"\0".join([requirements, build.encode(), settings.python.encode()])
+    wheels = tuple(_uploaded(CHECKOUT / path) for path in settings.wheels)
+    own = [*sorted(set(settings.worker_packages) - set(settings.wheels)), *(w.path for w in wheels)]
+    requirements = wheelhouse.REQUIREMENTS.read_bytes() + "".join(f"{p}\n" for p in own).encode()
+    parts = [requirements.decode(), build, settings.python, *(wheel.sha256 for wheel in wheels)]
     return Environment(
         python=settings.python,
-        digest=hashlib.sha256(named).hexdigest()[:16],
-        wheels=(),
+        digest=hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16],
+        offline=False,
+        wheels=wheels,
         requirements=requirements,
         pip_conf="\n".join([*lines, ""]).encode(),
     )
@@ -275,7 +294,7 @@ def install_environment(environment: Environment) -> Commands:
         '"$folder/bin/python" -m pip check && touch "$folder/.complete"',
         conf if environment.pip_conf is not None else "/dev/null",
         environment.folder,
-        *(options if environment.wheels else []),
+        *(options if environment.offline else []),
         "--requirement",
         lock.path,
     )
@@ -318,33 +337,65 @@ def build_release() -> Release:
     )
 
 
-def unit_file(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> ManagedFile:
-    """The template unit of all workers of a host."""
+def unit_files(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> list[ManagedFile]:
+    """The template units of all workers of a host: service, socket.
+
+    Both are there whether or not sockets are kept: going back may need the other way.
+    """
+    # The host itself has the address that it listens on; where that is any, loopback is enough.
+    listen = [] if settings.listens_everywhere else [settings.worker_listen]
+    clients = [*fleet.gateway_addresses(), *listen]
+    collector = [settings.collector_address] if settings.collector_address else []
+    service = rendering.render(
+        "gpu-worker@.service.j2",
+        settings_dir=ETC,
+        worker=settings,
+        allowed_addresses=[*clients, *collector],
+        has_gpu=uses_gpu(settings, planned.hardware),
+    )
+    socket = rendering.render("gpu-worker@.socket.j2", worker=settings, allowed_addresses=clients)
+    return [
+        ManagedFile(path=UNIT_FILE, content=service),
+        ManagedFile(path=SOCKET_FILE, content=socket),
+    ]
+
+
+def tokens_file(settings: WorkerSettings) -> ManagedFile:
+    """The tokens that may connect, for the service alone to read."""
+    assert settings.worker_tokens, "asked for only where tokens are needed"
     return ManagedFile(
-        path=UNIT_FILE,
-        content=rendering.render(
-            "gpu-worker@.service.j2",
-            settings_dir=ETC,
-            worker=settings,
-            gateway_addresses=fleet.gateway_addresses(),
-            has_gpu=uses_gpu(settings, planned.hardware),
-        ),
+        path=TOKENS,
+        content=(CHECKOUT / settings.worker_tokens).read_bytes(),
+        mode="640",
+        group=settings.service_user,
+        secret=True,
     )
 
 
+@operation()
+def forget_tokens() -> Commands:
+    """Tokens go when no worker reads them any more, nor would when it went back."""
+    if TOKENS in host.get_fact(facts.WorkerPaths, folder=ETC):
+        return
+    if TOKENS in host.get_fact(facts.Paths, paths=(TOKENS,)):
+        yield quoted("rm", "-f", "--", TOKENS)
+
+
 def worker_units(
-    settings: WorkerSettings, planned: Plan, template: ManagedFile
+    settings: WorkerSettings, fleet: Fleet, planned: Plan, templates: Iterable[ManagedFile]
 ) -> list[WorkerUnit]:
     """The workers of a host, in the order in which they are switched."""
+    files = "".join(template.sha256 for template in templates)
     return [
-        _worker_unit(index, port, settings, planned, template)
+        _worker_unit(index, port, settings, fleet, planned, files)
         for index, port in enumerate(settings.worker_ports)
     ]
 
 
 def _worker_unit(
-    index: int, port: int, settings: WorkerSettings, planned: Plan, template: ManagedFile
+    index: int, port: int, settings: WorkerSettings, fleet: Fleet, planned: Plan, unit_files: str
 ) -> WorkerUnit:
+    keeps_socket = fleet.keeps_sockets(settings)
     options = {
         "bundle": planned.model.folder,
         "host": settings.worker_listen,
@@ -352,22 +403,28 @@ def _worker_unit(
         "device": device(index, settings, planned.hardware),
         "threads": threads(settings, planned.hardware),
         "worker": f"{host.name}:{port}",
+        "control": f"/run/gpu-service-{port}/control.sock",
+        "tokens_file": TOKENS if settings.worker_tokens else "",
+        # nginx says in X-Real-IP who its client is.
+        "trusted_proxies": ",".join(fleet.gateway_addresses()),
         **settings.service_options,
     }
     values = {
         "GPU_WORKER_PYTHON": planned.python,
+        "GPU_WORKER_SOCKET": "systemd" if keeps_socket else "worker",
         "PYTHONPATH": planned.release.folder,
         **{_variable(name): value for name, value in options.items()},
     }
     text = "".join(f"{name}={_env_quoted(value)}\n" for name, value in values.items())
     # What the worker is made of, besides this file: a change of any part restarts it.
-    parts = [text, template.sha256, planned.model.digest]
+    parts = [text, unit_files, planned.model.digest]
     deployment = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     content = f"{text}{_variable('deployment')}={deployment}\n".encode()
     return WorkerUnit(
         name=unit(port),
         settings=ManagedFile(path=settings_path(port), content=content),
         deployment=deployment,
+        keeps_socket=keeps_socket,
     )
 
 

@@ -280,7 +280,7 @@ def test_a_worker_that_does_not_become_ready_goes_back_and_stops_the_rollout(
     before = main_pids(deployment)
     shutil.copytree(deployment.model, broken := deployment.model.parent / "broken")
     try:
-        _spoil_expected_outputs(broken)
+        spoil_expected_outputs(broken)
         result = dataclasses.replace(deployment, model=broken).run()
     finally:
         shutil.rmtree(broken)
@@ -294,7 +294,7 @@ def test_a_worker_that_does_not_become_ready_goes_back_and_stops_the_rollout(
     assert again.returncode == 0, again.output
 
 
-def _spoil_expected_outputs(folder: Path) -> None:
+def spoil_expected_outputs(folder: Path) -> None:
     """Another version, intact by its digests, whose golden answers are not the model's."""
     samples = safetensors.numpy.load_file(folder / bundle.SAMPLES)
     samples["expected.logits"] = samples["expected.logits"][::-1].copy()
@@ -344,7 +344,7 @@ def test_a_port_that_is_no_longer_declared_is_retired(deployment: Deployment) ->
     assert deployment.run().changed == {}
 
 
-@pytest.mark.parametrize("after", ["Unit of the workers", "nginx runs this", "one after"])
+@pytest.mark.parametrize("after", ["Units of the workers", "nginx runs this", "one after"])
 def test_a_run_that_is_killed_is_repaired_by_running_it_again(
     deployment: Deployment, after: str
 ) -> None:

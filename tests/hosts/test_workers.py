@@ -58,6 +58,36 @@ def test_each_port_is_listened_on_by_the_service_user(
         assert user == worker.settings.service_user
 
 
+def test_sockets_are_held_by_systemd_where_that_was_declared(
+    worker: Target, systemd_property: Property
+) -> None:
+    kept = worker.fleet.keeps_sockets(worker.settings)
+    for port in worker.settings.worker_ports:
+        socket = f"gpu-worker@{port}.socket"
+        active = systemd_property(worker.host, socket, "ActiveState") == "active"
+        enabled = systemd_property(worker.host, socket, "UnitFileState") == "enabled"
+        assert (active, enabled) == (kept, kept), socket
+
+
+def test_the_control_socket_is_for_the_service_and_root(
+    worker: Target, systemd_property: Property
+) -> None:
+    for port in worker.settings.worker_ports:
+        folder = worker.host.file(f"/run/gpu-service-{port}")
+        assert (oct(folder.mode), folder.user) == ("0o700", worker.settings.service_user)
+        socket = worker.host.file(f"/run/gpu-service-{port}/control.sock")
+        assert socket.is_socket
+        assert oct(socket.mode) == "0o600"
+
+
+def test_tokens_are_for_the_service_alone(worker: Target) -> None:
+    if not worker.settings.worker_tokens:
+        return
+    file = worker.host.file(workers.TOKENS)
+    found = (oct(file.mode), file.user, file.group)
+    assert found == ("0o640", "root", worker.settings.service_user)
+
+
 def test_service_cannot_write_to_its_own_code_or_model(worker: Target) -> None:
     for folder in (workers.OPT, models.ROOT):
         found = worker.host.check_output(

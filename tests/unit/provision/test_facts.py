@@ -80,3 +80,8 @@ def test_hardware_counts_gpus_that_the_driver_serves() -> None:
 def test_only_worker_units_are_taken_for_workers() -> None:
     lines = ["gpu-worker@9005.service", "gpu-worker@x.service", "other.service"]
     assert facts.WorkerPorts().process(lines) == [9005]
+
+
+def test_a_socket_alone_is_a_worker_too_and_counts_once() -> None:
+    lines = ["gpu-worker@9007.socket", "gpu-worker@9005.socket", "gpu-worker@9005.service"]
+    assert facts.WorkerPorts().process(lines) == [9005, 9007]

@@ -27,7 +27,13 @@ ASKING = (
     "-p SubState",
     "list-units",
     'cat "$1" || true',
+    "worker-*.env",
 )
+
+
+def asks(command: str) -> bool:
+    """Whether a command is a fact's. The switch of a worker asks, too, in its script."""
+    return "worker-switch" not in command and any(word in command for word in ASKING)
 
 
 class FakeHosts:
@@ -51,9 +57,7 @@ class FakeHosts:
         run_ops(self.state)
         return {
             host.name.removeprefix("@fake/"): [
-                command
-                for command in host.connector.executed_commands
-                if not any(word in command for word in ASKING)
+                command for command in host.connector.executed_commands if not asks(command)
             ]
             for host in self.state.inventory
         }
@@ -208,9 +212,19 @@ def unit_answer(unit: str, *, active: str = "active", deployment: str = "d1") ->
     ]
 
 
-def worker_unit(port: int) -> WorkerUnit:
+def socket_answer(worker: WorkerUnit, *, active: str = "active") -> list[str]:
+    enabled = "enabled" if active == "active" else "disabled"
+    return [f"unit={worker.socket}", f"ActiveState={active}", f"UnitFileState={enabled}"]
+
+
+def worker_unit(port: int, *, keeps_socket: bool = False) -> WorkerUnit:
     settings = ManagedFile(path=f"/etc/gpu-service/worker-{port}.env", content=b"x=1\n")
-    return WorkerUnit(name=f"gpu-worker@{port}.service", settings=settings, deployment="d1")
+    return WorkerUnit(
+        name=f"gpu-worker@{port}.service",
+        settings=settings,
+        deployment="d1",
+        keeps_socket=keeps_socket,
+    )
 
 
 A, B = worker_unit(9005), worker_unit(9006)
@@ -225,6 +239,11 @@ def answers(*states: list[str], files: tuple[WorkerUnit, ...] = (A, B)) -> Answe
     return {"systemctl show": [line for state in states for line in state], "sha256sum <": placed}
 
 
+def is_switch(command: str, worker: WorkerUnit) -> bool:
+    """Whether it is files/worker-switch.sh, for this worker."""
+    return command.endswith(f"worker-switch {worker.name} {worker.settings.path}")
+
+
 def roll(script: Answers, *workers: WorkerUnit) -> list[str]:
     return run(operations.roll_workers, script, workers=workers, rollout=Rollout())
 
@@ -237,13 +256,12 @@ def test_only_what_runs_something_else_is_restarted() -> None:
     script = answers(unit_answer(A.name), unit_answer(B.name, deployment="d0"))
     commands = roll(script, A, B)
     assert len(commands) == 1
-    assert "systemctl restart" in commands[0]
-    assert B.name in commands[0]
+    assert is_switch(commands[0], B)
 
 
 def test_a_worker_that_is_down_is_started_although_its_settings_are_right() -> None:
     commands = roll(answers(unit_answer(A.name, active="failed")), A)
-    assert "systemctl restart" in commands[-1]
+    assert is_switch(commands[-1], A)
 
 
 def test_each_worker_gets_its_settings_just_before_its_own_restart() -> None:
@@ -253,8 +271,14 @@ def test_each_worker_gets_its_settings_just_before_its_own_restart() -> None:
         (kind, worker.name)
         for command in commands
         for worker in (A, B)
-        for kind, sign in (("swap", "mv -fT"), ("restart", "systemctl restart"))
-        if sign in command and (worker.settings.path in command)
+        for kind, found in (
+            (
+                "swap",
+                command.endswith(f".candidate {worker.settings.path}") and "mv -fT" in command,
+            ),
+            ("restart", is_switch(command, worker)),
+        )
+        if found
     ]
     assert order == [
         ("swap", A.name),
@@ -267,13 +291,38 @@ def test_each_worker_gets_its_settings_just_before_its_own_restart() -> None:
 def test_a_settings_file_that_drifted_is_put_right_without_a_restart() -> None:
     commands = roll(answers(unit_answer(A.name), files=()), A)
     assert any("mv -fT" in command for command in commands)
-    assert not any("systemctl restart" in command for command in commands)
+    assert not any(is_switch(command, A) for command in commands)
+
+
+KEPT = worker_unit(9005, keeps_socket=True)
+
+
+def test_a_socket_that_systemd_holds_as_declared_is_left_alone() -> None:
+    assert roll(answers(unit_answer(KEPT.name), socket_answer(KEPT)), KEPT) == []
+
+
+def test_a_socket_that_is_wanted_and_missing_switches_the_worker() -> None:
+    script = answers(unit_answer(KEPT.name), socket_answer(KEPT, active="inactive"))
+    commands = roll(script, KEPT)
+    assert commands[0] == f"systemctl enable --quiet {KEPT.socket}"
+    assert is_switch(commands[1], KEPT)
+
+
+def test_a_socket_that_is_not_wanted_any_more_switches_the_worker() -> None:
+    commands = roll(answers(unit_answer(A.name), socket_answer(A)), A)
+    assert commands[0] == f"systemctl disable --quiet {A.socket}"
+    assert is_switch(commands[1], A)
+
+
+def test_a_socket_that_is_open_but_not_enabled_costs_no_restart() -> None:
+    disabled = [*socket_answer(KEPT)[:-1], "UnitFileState=disabled"]
+    commands = roll(answers(unit_answer(KEPT.name), disabled), KEPT)
+    assert commands == [f"systemctl enable --quiet {KEPT.socket}"]
 
 
 def test_after_a_failure_no_other_worker_of_any_host_is_restarted() -> None:
-    script = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, deployment="d0")) | {
-        "systemctl restart": {"success": False}
-    }
+    stale = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, deployment="d0"))
+    script = {"worker-switch": {"success": False}} | stale
     hosts = FakeHosts({"one": dict(script), "two": dict(script)})
     rollout = Rollout()
     with pytest.raises(Exception, match="hosts"):
@@ -282,7 +331,7 @@ def test_after_a_failure_no_other_worker_of_any_host_is_restarted() -> None:
         command
         for host in hosts.state.inventory
         for command in host.connector.executed_commands
-        if "systemctl restart" in command
+        if is_switch(command, A) or is_switch(command, B)
     ]
     assert len(restarts) == 1
     assert rollout.failed_on is not None
@@ -323,6 +372,6 @@ def test_a_worker_that_is_no_longer_declared_is_stopped_and_its_rules_go() -> No
     arguments = {"settings_file": "/etc/gpu-service/worker-{}.env".format}
     assert run(operations.retire_workers, script, keep=[9005, 9006], **arguments) == []
     commands = run(operations.retire_workers, script, keep=[9006], **arguments)
-    assert commands[0] == f"systemctl disable --quiet --now {A.name}"
+    assert commands[0] == f"systemctl disable --quiet --now {A.socket} {A.name}"
     assert commands[1].startswith("rm -f -- /etc/gpu-service/worker-9005.env ")
     assert sum("--remove-rich-rule" in command for command in commands) == 2

@@ -65,6 +65,23 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     assert "Connecting" not in output
 
 
+def test_files_that_are_named_and_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.touch(mode=0o600)
+    tokens.write_text("a-token-itself\n")
+    data = f'"worker_tokens": "{tokens}", "worker_packages": ["dist/mine-1.0-py3-none-any.whl"]'
+    output = deploy(
+        tmp_path,
+        gateways=GOOD_GATEWAY,
+        workers=f'("gpu1", {{"address": "10.0.0.21", "model": "models/nothing", {data}}})',
+    )
+    assert "3 problems, nothing was touched" in output
+    assert "worker_packages: dist/mine-1.0-py3-none-any.whl is no file" in output
+    assert f"worker_tokens: tokens file {tokens}, line 1" in output
+    assert "a-token-itself" not in output
+    assert "Connecting" not in output
+
+
 def test_a_fact_can_be_asked_without_a_bundle(tmp_path: Path) -> None:
     worker = GOOD_WORKER.replace("}", ', "model": "models/nothing"}')
     output = deploy(

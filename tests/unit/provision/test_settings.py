@@ -108,6 +108,55 @@ def test_options_of_the_service_are_checked_by_the_service_itself() -> None:
     assert "port" in text
 
 
+@pytest.mark.parametrize(
+    ("package", "problem"),
+    [
+        ("left>=1.0", "'left>=1.0' is not pinned; write NAME==VERSION, or the path of a wheel"),
+        ("left==1.*", "is not pinned"),
+        ("left", "is not pinned"),
+        ("left @ https://example.invalid/left.whl", "Invalid wheel filename"),
+        ("left @ https://example.invalid/left", "is not pinned"),
+        ("--index-url=x", "worker_packages: '--index-url=x'"),
+        ("dist/left.whl", "Invalid wheel filename"),
+    ],
+)
+def test_own_packages_are_wheels_or_pinned(package: str, problem: str) -> None:
+    found = problems(gateway(), worker(worker_packages=[package]))
+    assert any(problem in line for line in found), found
+
+
+def test_own_packages_that_are_as_they_should_be() -> None:
+    packages = ["dist/left-1.0-py3-none-any.whl", "right[extra]==2.0"]
+    assert fleet(gateway(), worker(worker_packages=packages)).workers["gpu1"].wheels == (
+        packages[0],
+    )
+
+
+@pytest.mark.parametrize("name", ["control", "tokens_file", "trusted_proxies"])
+def test_what_the_deploy_decides_is_no_option(name: str) -> None:
+    found = problems(gateway(), worker(service_options={name: "x"}))
+    assert any(f"service_options.{name} is decided by the deploy" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "address"),
+    [
+        ("http://10.0.0.99:4318", "10.0.0.99"),
+        ("https://[2001:db8::9]:4318/x", "2001:db8::9"),
+        ("http://localhost:4318", None),
+    ],
+)
+def test_the_collector_is_let_through(endpoint: str, address: str | None) -> None:
+    found = fleet(gateway(), worker(service_options={"otlp_endpoint": endpoint}))
+    assert found.workers["gpu1"].collector_address == address
+
+
+def test_a_collector_by_name_is_refused() -> None:
+    options = {"otlp_endpoint": "http://collector.example.com:4318"}
+    found = problems(gateway(), worker(service_options=options))
+    assert any("collector.example.com is a name" in line for line in found)
+
+
 def test_enforcing_without_leave_to_connect_is_refused() -> None:
     found = problems(gateway(selinux_mode="enforcing"), worker())
     assert any("13: Permission denied" in p and "selinux_allow_connect = True" in p for p in found)

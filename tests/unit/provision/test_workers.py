@@ -11,6 +11,7 @@ from pyinfra.api import Config, Inventory, State
 from pyinfra.api.exceptions import DeployError
 from pyinfra.context import ctx_host, ctx_state
 
+from gpu_service import settings as service_settings
 from provision import wheelhouse, workers
 from provision.facts import Hardware
 from provision.models import Model
@@ -100,15 +101,33 @@ def test_an_index_with_a_token_is_kept_out_of_everything_but_a_private_file() ->
 
 
 def unit_of(data: dict[str, Any], hardware: Hardware = CPU_HOST) -> list[WorkerUnit]:
-    found = settings(**data)
+    found = fleet(gateway(), worker(**data))
+    host = found.workers["gpu1"]
     planned = workers.Plan(
         hardware=hardware,
-        environment=workers.choose_environment(found, hardware),
+        environment=workers.choose_environment(host, hardware),
         release=workers.Release(archive=b"", digest="cafe"),
         model=MODEL,
     )
-    template = workers.unit_file(found, fleet(), planned)
-    return workers.worker_units(found, planned, template)
+    templates = workers.unit_files(host, found, planned)
+    return workers.worker_units(host, found, planned, templates)
+
+
+def units_text(**data: Any) -> tuple[str, str]:
+    """The service unit's and the socket unit's text."""
+    found = fleet(gateway(), worker(**data))
+    planned = workers.Plan(
+        hardware=CPU_HOST,
+        environment=workers.choose_environment(found.workers["gpu1"], CPU_HOST),
+        release=workers.Release(archive=b"", digest="cafe"),
+        model=MODEL,
+    )
+    service, socket = (
+        managed.content for managed in workers.unit_files(found.workers["gpu1"], found, planned)
+    )
+    assert isinstance(service, bytes)
+    assert isinstance(socket, bytes)
+    return service.decode(), socket.decode()
 
 
 def environment_of(unit: WorkerUnit) -> dict[str, str]:
@@ -130,6 +149,120 @@ def test_a_settings_file_names_everything_by_its_version() -> None:
     assert found["GPU_SERVICE_DEPLOYMENT"] == second.deployment
     assert found["PYTHONPATH"] == "/opt/gpu-service/releases/cafe"
     assert found["GPU_WORKER_PYTHON"].startswith("/opt/gpu-service/venvs/")
+    assert found["GPU_SERVICE_CONTROL"] == "/run/gpu-service-9006/control.sock"
+    assert found["GPU_SERVICE_TRUSTED_PROXIES"] == "10.0.0.11"
+    assert found["GPU_SERVICE_TOKENS_FILE"] == ""
+
+
+def test_the_service_takes_all_that_a_settings_file_says() -> None:
+    for unit in unit_of({"service_options": {"origins": "https://*.example.com", "cpus": "0-3,6"}}):
+        service_settings.load({}, environment_of(unit))
+
+
+@pytest.mark.parametrize(
+    ("data", "kept"),
+    [
+        ({}, False),  # two workers: nginx turns to the other
+        ({"worker_ports": [9005]}, True),
+        ({"worker_ports": [9005], "socket_activation": "off"}, False),
+        ({"socket_activation": "on"}, True),
+    ],
+)
+def test_sockets_are_kept_where_there_is_no_other_worker_or_as_set(
+    data: dict[str, Any], kept: bool
+) -> None:
+    for unit in unit_of(data):
+        assert unit.keeps_socket is kept
+        assert environment_of(unit)["GPU_WORKER_SOCKET"] == ("systemd" if kept else "worker")
+
+
+def test_gateways_alone_reach_service_and_socket_and_the_collector_is_reached() -> None:
+    service, socket = units_text(service_options={"otlp_endpoint": "http://10.0.0.99:4318"})
+    for text in (service, socket):
+        assert "IPAddressDeny=any\n" in text
+        assert "IPAddressAllow=10.0.0.11\n" in text
+    assert "IPAddressAllow=10.0.0.99\n" in service
+    assert "10.0.0.99" not in socket
+
+
+@pytest.mark.parametrize(
+    ("listen", "stream"), [("0.0.0.0", "0.0.0.0:%i"), ("2001:db8::5", "[2001:db8::5]:%i")]
+)
+def test_a_socket_listens_where_the_worker_would(listen: str, stream: str) -> None:
+    assert f"ListenStream={stream}\n" in units_text(worker_listen=listen)[1]
+
+
+def test_tokens_are_for_the_service_alone_and_restart_nothing(tmp_path: Path) -> None:
+    listed = tmp_path / "tokens"
+    listed.write_text(f"{'ab' * 32} ann\n")
+    data = {"worker_tokens": str(listed)}
+    before = unit_of(data)
+    assert environment_of(before[0])["GPU_SERVICE_TOKENS_FILE"] == "/etc/gpu-service/tokens"
+    placed = workers.tokens_file(settings(**data))
+    assert (placed.mode, placed.user, placed.group) == ("640", "root", "gpu-service")
+    assert placed.secret
+    assert "abab" not in repr(placed)
+    listed.write_text(f"{'cd' * 32} ben\n")
+    assert workers.tokens_file(settings(**data)).sha256 != placed.sha256
+    assert unit_of(data)[0].deployment == before[0].deployment
+
+
+def test_tokens_go_when_no_settings_file_names_them() -> None:
+    there: Any = {"readlink": [workers.TOKENS]}
+    assert run(workers.forget_tokens, there | {"worker-*.env": []}) == [
+        f"rm -f -- {workers.TOKENS}"
+    ]
+    assert run(workers.forget_tokens, there | {"worker-*.env": [workers.TOKENS]}) == []
+    assert run(workers.forget_tokens, {"readlink": [], "worker-*.env": []}) == []
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    path = tmp_path / "mine-1.0-py3-none-any.whl"
+    path.write_bytes(b"first")
+    return path
+
+
+def test_own_packages_have_a_wheelhouse_of_their_own_named_by_what_is_in_them(
+    wheel: Path,
+) -> None:
+    def folder(*packages: str) -> str:
+        wheelhouse._digest_of.cache_clear()
+        return Target(build="cpu", python="3.11", machine="x86_64", packages=packages).folder.name
+
+    plain, first = folder(), folder(str(wheel), "left==1.0")
+    assert plain == "cpu-cp311-x86_64"
+    assert first.startswith("cpu-cp311-x86_64-with-")
+    wheel.write_bytes(b"second")
+    assert len({plain, first, folder(str(wheel), "left==1.0"), folder(str(wheel))}) == 4
+
+
+def test_a_missing_wheelhouse_of_own_packages_says_how_to_make_it(
+    monkeypatch: pytest.MonkeyPatch, wheel: Path
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(wheelhouse, "ROOT", Path("/nonexistent"))
+    wheelhouse._digest_of.cache_clear()
+    packages = [str(wheel), "left==1.0"]
+    with pytest.raises(DeployError, match=rf"--package {wheel} --package left==1.0"):
+        workers.choose_environment(settings(worker_packages=packages), CPU_HOST)
+
+
+def test_own_packages_from_an_index_are_part_of_what_names_the_environment(wheel: Path) -> None:
+    def chosen(*packages: str) -> workers.Environment:
+        data = {"packages_from": "index", "worker_packages": packages}
+        return workers.choose_environment(settings(**data), CPU_HOST)
+
+    plain, own = chosen(), chosen(str(wheel), "left==1.0")
+    assert [managed.path for managed in own.wheels] == [f"/opt/gpu-service/wheels/{wheel.name}"]
+    assert own.requirements.decode().splitlines()[-2:] == [
+        "left==1.0",
+        f"/opt/gpu-service/wheels/{wheel.name}",
+    ]
+    wheel.write_bytes(b"second")
+    digests = {plain.digest, own.digest, chosen(str(wheel), "left==1.0").digest}
+    assert len(digests) == 3
+    assert not own.offline
 
 
 def test_any_change_of_what_a_worker_is_made_of_changes_its_deployment() -> None:

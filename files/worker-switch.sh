@@ -1,0 +1,68 @@
+# Makes one worker run what its settings file says, on a listening socket of systemd's or its own, as
+# that file says. Runs on the worker's host, as root.
+#
+#   worker-switch UNIT SETTINGS              SETTINGS was swapped in, what it replaced is
+#                                            SETTINGS.previous; comes back if this does not get ready
+#   worker-switch --previous UNIT SETTINGS   SETTINGS and SETTINGS.rollback change places
+#
+# Ends with 0 when the worker is ready; else with 1, having said why.
+set -u
+
+say() { printf '%s\n' "$*" >&2; }
+
+last_words() { journalctl -u "$unit" -n 20 --no-pager -o cat >&2; }
+
+# Opened by the unit file that lies there: a socket is not changed by a reload of systemd.
+socket_is_current() {
+    local opened written
+    systemctl is-active --quiet "$socket" || return 1
+    opened=$(date -d "$(systemctl show "$socket" -p ActiveEnterTimestamp --value)" +%s)
+    written=$(stat -c %Y "$(systemctl show "$socket" -p FragmentPath --value)")
+    ((opened >= written))
+}
+
+start_worker() {
+    if grep -qx GPU_WORKER_SOCKET=systemd "$settings"; then
+        if ! socket_is_current; then
+            # systemd opens no socket beside a service that runs. From here until it is open,
+            # connects are refused; afterwards never again.
+            systemctl stop "$unit" "$socket" || return 1
+            systemctl start "$socket" || return 1
+        fi
+        systemctl enable --quiet "$socket"
+    elif systemctl is-active --quiet "$socket" || systemctl is-enabled --quiet "$socket"; then
+        # Also what a release that knows nothing of such sockets needs, to bind its own.
+        systemctl disable --quiet "$socket"
+        systemctl stop "$unit" "$socket" || return 1
+    fi
+    systemctl restart "$unit"
+}
+
+if [[ $1 == --previous ]]; then
+    unit=$2 settings=$3 socket=${2%.service}.socket
+    [[ -f $settings.rollback ]] || { say "$unit has run nothing else before"; exit 1; }
+    # The two change places, so that a second rollback goes forward again.
+    mv -f "$settings" "$settings.previous" && mv -f "$settings.rollback" "$settings" || exit 1
+    if start_worker; then
+        mv -f "$settings.previous" "$settings.rollback"
+        exit 0
+    fi
+    say "$unit failed to become ready with what it ran before; its last words:"
+    last_words
+    mv -f "$settings" "$settings.rollback"
+    mv -f "$settings.previous" "$settings"
+    start_worker
+    exit 1
+fi
+
+unit=$1 settings=$2 socket=${1%.service}.socket
+if start_worker; then
+    [[ ! -f $settings.previous ]] || mv -f "$settings.previous" "$settings.rollback"
+    exit 0
+fi
+say "$unit failed to become ready; its last words:"
+last_words
+[[ -f $settings.previous ]] || exit 1
+mv -f "$settings.previous" "$settings"
+start_worker && say "$unit serves again what it served before"
+exit 1
