@@ -13,7 +13,7 @@ export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy drift down model wheelhouse test test-unit bench lint docs lock clean
+.PHONY: help setup deploy drift down model wheelhouse test test-unit bench fuzz bench-peers lint docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,9 +74,19 @@ test: can-host $(READY) lint ## everything, including deploys on lab hosts (root
 test-unit: $(READY) ## what needs neither root nor hosts
 	@$(BIN)/python -m pytest -m "not lab"
 
-bench: $(READY) ## the service against the raw forward in the same run (bench/results/)
+bench: $(READY) ## the service's speed and memory (gcc; docs/benchmarks.md, bench/results/)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt
-	@$(BIN)/python -m bench.serving
+	@$(BIN)/python -m bench
+
+bench-peers: $(READY) ## the service against mosec and pytriton, each in .bench/ (2.5 GB)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt
+	@$(BIN)/python -m bench peers
+
+FUZZ_SECONDS ?= 60
+fuzz: $(READY) ## coverage-guided fuzzing; FUZZ_SECONDS=60 for each target
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/fuzz.txt
+	@for target in frames manifests service session; do \
+	  echo "==> fuzz.$$target"; $(BIN)/python -m fuzz.$$target --seconds $(FUZZ_SECONDS) || exit 1; done
 
 lint: $(READY) ## ruff and mypy --strict
 	@$(BIN)/ruff check .
@@ -90,4 +100,4 @@ lock: $(READY) ## pin requirements/*.txt anew
 	@$(BIN)/python requirements/lock.py
 
 clean: ## remove what was generated; not models/
-	@rm -rf $(VENV) .wheelhouse .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .wheelhouse .bench .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,6 +1,9 @@
 """Rows of measurements, written where the documentation reads them: `bench/results/NAME.json`.
 
-A row is name, value, unit, bar, and whether the bar holds; a file carries the machine and the date.
+A row is name, value, unit, bar, whether the bar holds, and the command, the date and the machine
+that measured it, with the share of the machine that other programs used meanwhile. On a machine
+that was not quiet no bar holds or is missed: ratios of such a run can be anything. Several programs
+may write into one file: rows of other names stay.
 """
 
 from __future__ import annotations
@@ -9,10 +12,15 @@ import datetime
 import json
 import os
 import platform
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+
+# Of all cores; what others use beyond makes a run worthless.
+_MOST_BY_OTHERS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +43,69 @@ class Row:
 
 
 def write(name: str, command: str, rows: list[Row]) -> bool:
-    """Write the rows and print them as a table; whether every bar holds."""
+    """Write the rows and print them as a table; whether every bar holds.
+
+    To be called when all servers have ended. Rows that this command wrote before, and does not
+    write any more, are dropped.
+    """
     RESULTS.mkdir(exist_ok=True)
-    report = {
+    by_others = _used_by_others()
+    quiet = by_others <= _MOST_BY_OTHERS
+    origin = {
         "command": command,
         "date": datetime.date.today().isoformat(),
         "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()}",
-        "rows": [{**asdict(row), "holds": row.holds} for row in rows],
+        "used_by_others": round(by_others, 3),
     }
-    path = RESULTS / f"{name}.json"
-    candidate = path.with_suffix(".candidate")
-    candidate.write_text(json.dumps(report, indent=1) + "\n")
-    candidate.rename(path)
+    measured = {
+        row.name: {**asdict(row), "holds": row.holds if quiet else None, **origin} for row in rows
+    }
+    kept = [row for row in read(name) if row["command"] != command and row["name"] not in measured]
+    candidate = _path(name).with_suffix(".candidate")
+    candidate.write_text(json.dumps({"rows": [*kept, *measured.values()]}, indent=1) + "\n")
+    candidate.rename(_path(name))
     for row in rows:
-        print(f"{row.name:<44} {row.value:>10.3f} {row.unit:<6} {_verdict(row)}")
-    return all(row.holds is not False for row in rows)
+        verdict = _verdict(row) if quiet else ""
+        print(f"{row.name:<60} {row.value:>12.3f} {row.unit:<6} {verdict}")
+    if not quiet:
+        print(f"No verdict: other programs used {by_others:.0%} of this machine. Run it alone.")
+    return quiet and all(row.holds is not False for row in rows)
+
+
+def read(name: str) -> list[dict[str, Any]]:
+    """The rows of a file as they were written; none if it is not there."""
+    if not _path(name).exists():
+        return []
+    report = json.loads(_path(name).read_text())
+    # Older files say once for all rows where they come from.
+    origin = {key: report[key] for key in ("command", "date", "machine") if key in report}
+    return [{**origin, **row} for row in report["rows"]]
+
+
+def _path(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
+def _used() -> tuple[float, float, float]:
+    """Now, CPU seconds of all programs, and of this one with all that it started and saw end."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    own = os.times()
+    return (
+        time.monotonic(),
+        (user + nice + system) / os.sysconf("SC_CLK_TCK"),
+        own.user + own.system + own.children_user + own.children_system,
+    )
+
+
+_AT_START = _used()
+
+
+def _used_by_others() -> float:
+    """The share of all cores, since this module was imported."""
+    elapsed, everything, own = (
+        now - before for now, before in zip(_used(), _AT_START, strict=True)
+    )
+    return max(0.0, everything - own) / (elapsed * (os.cpu_count() or 1))
 
 
 def _verdict(row: Row) -> str:

@@ -1,10 +1,13 @@
-/* A load client that is never the bottleneck: closed loop over many WebSocket connections.
+/* A load client that is never the bottleneck: many connections, each sends, waits, sends again.
  *
- *   load HOST PORT CONNECTIONS SECONDS FRAME
+ *   load ws|http HOST PORT CONNECTIONS SECONDS FILE [RATE]
  *
- * Each connection sends the message in the file FRAME, waits for the reply, sends it again. One
- * thread, no copies, no parsing beyond a frame's length; a reply with an "error" in it, or any
- * other frame than a whole binary message or a ping, ends the run. Prints one line of JSON.
+ * ws: FILE is the payload of one binary WebSocket message. http: FILE is one whole request,
+ * header and body, of a connection that stays open. With RATE (requests a second of all
+ * connections together) they are sent at fixed times instead, and a latency counts from that time,
+ * so that a server that stalls does not hide it. One thread, no parsing beyond lengths; a reply
+ * with an "error" in it, an HTTP status other than 200, or any other frame than a whole binary
+ * message or a ping, ends the run. Prints one line of JSON.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -17,6 +20,7 @@
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -25,6 +29,7 @@
 
 struct connection {
     int fd;
+    int busy;
     size_t have;
     uint64_t sent_at;
     unsigned char buffer[BUFFER];
@@ -34,9 +39,15 @@ static unsigned char *message;
 static size_t message_length;
 static uint32_t *latencies;
 static size_t answered;
+static int is_http;
 
 static void fail(const char *what) {
     fprintf(stderr, "load: %s (errno: %s)\n", what, strerror(errno));
+    exit(1);
+}
+
+static void fail_with(const unsigned char *reply, size_t length) {
+    fprintf(stderr, "load: %.*s\n", (int)(length < 512 ? length : 512), reply);
     exit(1);
 }
 
@@ -55,22 +66,24 @@ static void send_all(int fd, const unsigned char *bytes, size_t length) {
     }
 }
 
-/* The message as one masked binary frame; the same one every time. */
+/* What is sent every time: the file, for ws as one masked binary frame. */
 static void build(const char *path) {
     FILE *file = fopen(path, "rb");
     if (!file) fail(path);
     fseek(file, 0, SEEK_END);
     long length = ftell(file);
     rewind(file);
-    if (length < 126 || length > 60000) fail("FRAME must have 126 to 60000 bytes");
+    if (length < 126 || length > 60000) fail("FILE must have 126 to 60000 bytes");
     const unsigned char mask[4] = {0x37, 0xfa, 0x21, 0x3d};
-    message_length = (size_t)length + 8;
-    message = malloc(message_length);
     const unsigned char head[4] = {0x82, 0x80 | 126, (unsigned char)(length >> 8), (unsigned char)length};
+    size_t before = is_http ? 0 : 8;
+    message_length = (size_t)length + before;
+    message = malloc(message_length);
+    if (fread(message + before, 1, (size_t)length, file) != (size_t)length) fail(path);
+    fclose(file);
+    if (is_http) return;
     memcpy(message, head, 4);
     memcpy(message + 4, mask, 4);
-    if (fread(message + 8, 1, (size_t)length, file) != (size_t)length) fail(path);
-    fclose(file);
     for (long i = 0; i < length; i++) message[8 + i] ^= mask[i & 3];
 }
 
@@ -82,23 +95,25 @@ static void open_connection(struct connection *it, const char *host, int port) {
     it->fd = socket(AF_INET, SOCK_STREAM, 0);
     setsockopt(it->fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     if (connect(it->fd, (struct sockaddr *)&address, sizeof address)) fail("connect");
+    it->have = 0;
+    if (is_http) return;
     int length = snprintf(request, sizeof request,
         "GET / HTTP/1.1\r\nHost: %s:%d\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n"
         "\r\n", host, port);
     send_all(it->fd, (unsigned char *)request, (size_t)length);
-    it->have = 0;
     while (!memmem(it->buffer, it->have, "\r\n\r\n", 4)) {
         ssize_t got = recv(it->fd, it->buffer + it->have, 4096 - it->have, 0);
         if (got <= 0) fail("handshake");
         it->have += (size_t)got;
     }
-    if (memcmp(it->buffer, "HTTP/1.1 101", 12)) fail("handshake refused");
+    if (memcmp(it->buffer, "HTTP/1.1 101", 12)) fail_with(it->buffer, it->have);
     it->have = 0;
 }
 
-static void ask(struct connection *it) {
-    it->sent_at = now_ns();
+static void ask(struct connection *it, uint64_t at) {
+    it->sent_at = at;
+    it->busy = 1;
     send_all(it->fd, message, message_length);
 }
 
@@ -116,26 +131,56 @@ static size_t frame_length(const unsigned char *bytes, size_t have, size_t *head
     return have < *head + length ? 0 : *head + length;
 }
 
+/* The length of the response at the start of `bytes`, 0 if it is not all there. */
+static size_t response_length(const unsigned char *bytes, size_t have) {
+    const char *name = "content-length:";
+    const unsigned char *end = memmem(bytes, have, "\r\n\r\n", 4);
+    if (!end) return 0;
+    if (have < 12 || memcmp(bytes, "HTTP/1.1 200", 12)) fail_with(bytes, have);
+    const unsigned char *line = bytes;
+    while (line < end) {
+        if (!strncasecmp((const char *)line, name, strlen(name))) {
+            size_t total = (size_t)(end - bytes) + 4
+                + strtoul((const char *)line + strlen(name), NULL, 10);
+            if (total > BUFFER) fail("a response of 64 KiB or more");
+            return have < total ? 0 : total;
+        }
+        line = (const unsigned char *)memmem(line, (size_t)(end - line) + 2, "\r\n", 2) + 2;
+    }
+    fail("a response without Content-Length");
+    return 0;
+}
+
+/* Takes the frames that are there; whether one of them is a reply, and how much was taken. */
+static int take_frames(struct connection *it, size_t *done) {
+    size_t head, length;
+    int complete = 0;
+    while ((length = frame_length(it->buffer + *done, it->have - *done, &head))) {
+        const unsigned char *frame = it->buffer + *done;
+        if (frame[0] == 0x82) {
+            size_t looked_at = length < 512 ? length : 512;
+            if (memmem(frame, looked_at, "\"error\"", 7)) fail_with(frame + head, looked_at - head);
+            complete = 1;
+        } else if (frame[0] != 0x89) { /* a ping may wait for its pong until the run ends */
+            fail("neither a binary message nor a ping");
+        }
+        *done += length;
+    }
+    return complete;
+}
+
 /* Takes what came; whether a reply is complete. */
 static int take(struct connection *it) {
     ssize_t got = recv(it->fd, it->buffer + it->have, BUFFER - it->have, 0);
     if (got <= 0) fail("connection lost");
     it->have += (size_t)got;
-    size_t head, length, done = 0;
-    int complete = 0;
-    while ((length = frame_length(it->buffer + done, it->have - done, &head))) {
-        const unsigned char *frame = it->buffer + done;
-        if (frame[0] == 0x82) {
-            size_t looked_at = length < 512 ? length : 512;
-            if (memmem(frame, looked_at, "\"error\"", 7)) {
-                fprintf(stderr, "load: %.*s\n", (int)(looked_at - head), frame + head);
-                exit(1);
-            }
-            complete = 1;
-        } else if (frame[0] != 0x89) { /* a ping may wait for its pong until the run ends */
-            fail("neither a binary message nor a ping");
-        }
-        done += length;
+    size_t done = 0;
+    int complete;
+    if (is_http) {
+        done = response_length(it->buffer, it->have);
+        complete = done > 0;
+    } else {
+        complete = take_frames(it, &done);
     }
     memmove(it->buffer, it->buffer + done, it->have - done);
     it->have -= done;
@@ -151,22 +196,38 @@ static double percentile_us(double share) {
     return answered ? latencies[(size_t)(share * (double)(answered - 1))] / 1e3 : 0;
 }
 
+static int ticks(double rate) {
+    int timer = timerfd_create(CLOCK_MONOTONIC, 0);
+    long interval = (long)(1e9 / rate);
+    struct timespec every = {interval / 1000000000, interval % 1000000000};
+    struct itimerspec schedule = {.it_interval = every, .it_value = every};
+    if (timer < 0 || timerfd_settime(timer, 0, &schedule, NULL)) fail("timer");
+    return timer;
+}
+
 int main(int count, char **arguments) {
-    if (count != 6) fail("usage: load HOST PORT CONNECTIONS SECONDS FRAME");
-    int connections = atoi(arguments[3]);
-    double seconds = atof(arguments[4]);
-    build(arguments[5]);
+    if (count != 7 && count != 8)
+        fail("usage: load ws|http HOST PORT CONNECTIONS SECONDS FILE [RATE]");
+    is_http = !strcmp(arguments[1], "http");
+    int connections = atoi(arguments[4]);
+    double seconds = atof(arguments[5]), rate = count == 8 ? atof(arguments[7]) : 0;
+    build(arguments[6]);
     latencies = malloc(sizeof *latencies * MOST_LATENCIES);
     struct connection *all = calloc((size_t)connections, sizeof *all);
-    int poll = epoll_create1(0);
+    int poll = epoll_create1(0), timer = -1;
     if (!latencies || !all || poll < 0) fail("start");
     for (int i = 0; i < connections; i++) {
-        open_connection(&all[i], arguments[1], atoi(arguments[2]));
+        open_connection(&all[i], arguments[2], atoi(arguments[3]));
         struct epoll_event event = {.events = EPOLLIN, .data.ptr = &all[i]};
         if (epoll_ctl(poll, EPOLL_CTL_ADD, all[i].fd, &event)) fail("epoll");
     }
-    uint64_t started = now_ns(), end = started + (uint64_t)(seconds * 1e9);
-    for (int i = 0; i < connections; i++) ask(&all[i]);
+    uint64_t started = now_ns(), end = started + (uint64_t)(seconds * 1e9), sent = 0;
+    if (rate > 0) {
+        timer = ticks(rate);
+        struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
+        if (epoll_ctl(poll, EPOLL_CTL_ADD, timer, &event)) fail("epoll");
+    }
+    for (int i = 0; timer < 0 && i < connections; i++) ask(&all[i], started);
     struct epoll_event events[256];
     uint64_t at = started;
     while (at < end) {
@@ -174,10 +235,21 @@ int main(int count, char **arguments) {
         if (ready <= 0) fail("no reply for 10 s");
         for (int i = 0; i < ready; i++) {
             struct connection *it = events[i].data.ptr;
+            if (!it) {
+                uint64_t due;
+                if (read(timer, &due, sizeof due) != sizeof due) fail("timer");
+                for (; due; due--) {
+                    it = &all[sent++ % (uint64_t)connections];
+                    if (it->busy) fail("RATE is more than so many connections get answered");
+                    ask(it, started + (uint64_t)((double)sent * 1e9 / rate));
+                }
+                continue;
+            }
             if (!take(it)) continue;
+            it->busy = 0;
             at = now_ns();
             if (answered < MOST_LATENCIES) latencies[answered++] = (uint32_t)(at - it->sent_at);
-            ask(it);
+            if (timer < 0) ask(it, at);
         }
     }
     struct rusage used;

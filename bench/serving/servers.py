@@ -63,8 +63,8 @@ def main() -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(echo(port))
         return 0
-    settings = Settings(bundle=Path("none"), port=port)
-    return worker.run(settings, open_engine=lambda _: Identity())
+    settings = Settings(bundle=(Path("none"),), port=port)
+    return worker.run(settings, open_engine=lambda chosen, path: Identity())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""Many open connections: `python -m bench.connections`. Needs gcc.
+
+Opens 20,000 WebSockets through nginx to two workers, lets each ask once, and says what memory each
+costs in nginx and workers together. Another client asks at a steady rate, with them and without
+them in turns: what they cost it. All on the loopback interface of one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import harness
+from bench.gateway import descriptor_limit, gateway
+from bench.harness import Server
+from bench.results import Row, write
+from gpu_service import bundle
+
+# Of one client process.
+MOST_HELD = 8000
+ACTIVE_CONNECTIONS = 128  # enough for its rate when an answer takes 0.4 s
+
+
+class Fleet:
+    """nginx, two workers and the programs that ask them."""
+
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.options = options
+        self._frame = folder / "frame"
+        self._programs = {name: harness.built(name, folder) for name in ("load", "connections")}
+        path = harness.model()
+        spec = bundle.read_manifest(path).inputs[0]
+        harness.write_frame(self._frame, spec.name, (1, *spec.shape))
+        self.servers: list[Server] = []
+        for _ in range(2):
+            self.servers.append(harness.serve(path))
+        ports = [server.port for server in self.servers]
+        self.servers.append(gateway(folder / "nginx", ports, sockets=options.connections))
+        self._port = str(self.servers[-1].port)
+
+    @property
+    def memory(self) -> int:
+        """Bytes of all three, what their processes share counted once."""
+        return sum(server.pss_bytes for server in self.servers)
+
+    def active(self) -> dict[str, float]:
+        """Latencies of a client that asks at a steady rate."""
+        command = [str(self._programs["load"]), "ws", "127.0.0.1", self._port]
+        command += [str(ACTIVE_CONNECTIONS), str(self.options.seconds), str(self._frame)]
+        result = subprocess.run(
+            [*command, str(self.options.rate)], check=True, stdout=subprocess.PIPE, text=True
+        )
+        got: dict[str, float] = json.loads(result.stdout)
+        return got
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[Held]:
+        """All connections open."""
+        held = Held()
+        command = [str(self._programs["connections"]), "hold", "127.0.0.1", self._port]
+        try:
+            for start in range(0, self.options.connections, MOST_HELD):
+                count = min(MOST_HELD, self.options.connections - start)
+                held.open([*command, str(count), str(self._frame)])
+            yield held
+        finally:
+            held.close()
+
+
+class Held:
+    """Clients that hold connections."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+
+    def open(self, command: list[str]) -> None:
+        """One more client; returns when its connections are open."""
+        pipe = subprocess.PIPE
+        self._processes.append(
+            subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
+        )
+        self._expect(self._processes[-1], "open")
+
+    def ask_all(self) -> None:
+        """Let each connection ask once; returns when all are answered."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write("ask\n")
+        for process in self._processes:
+            self._expect(process, "answered")
+
+    def close(self) -> None:
+        """End the clients, and so their connections."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+
+    def _expect(self, process: subprocess.Popen[str], word: str) -> None:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != word:
+            sys.exit(f"a client of many connections did not get them {word}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.connections", description=__doc__)
+    parser.add_argument("--connections", type=int, default=20_000)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of the active client")
+    parser.add_argument("--rate", type=float, default=300.0, help="its requests a second")
+    options = parser.parse_args()
+    if descriptor_limit() < options.connections // 2 + 1024:
+        sys.exit("too few descriptors for a worker: raise the hard limit (ulimit -Hn)")
+    with tempfile.TemporaryDirectory() as folder:
+        fleet = Fleet(Path(folder), options)
+        with harness.stopping(*fleet.servers):
+            figures = measure(fleet)
+    return 0 if write("serving", "python -m bench.connections", figures) else 1
+
+
+def measure(fleet: Fleet) -> list[Row]:
+    """The rows, of several turns."""
+    options = fleet.options
+    alone, beside, opening, answering = [], [], [], []
+    memory_each = 0.0
+    fleet.active()
+    for turn in range(options.turns):
+        before = fleet.memory
+        alone.append(fleet.active()["p99_us"])
+        started = time.monotonic()
+        with fleet.held() as held:
+            opening.append(time.monotonic() - started)
+            held.ask_all()
+            answering.append(time.monotonic() - started - opening[-1])
+            if turn == 0:  # later ones find memory that the first one left
+                memory_each = (fleet.memory - before) / options.connections
+            beside.append(fleet.active()["p99_us"])
+    name = f"{options.connections:,} connections"
+    p99_alone, p99_beside = statistics.median(alone), statistics.median(beside)
+    return [
+        Row(name=f"{name}: memory of each", value=memory_each / 1024, unit="KiB", at_most=45.0),
+        Row(
+            name=f"{name}: another client's p99 by that without them",
+            value=p99_beside / p99_alone,
+            unit="",
+            at_most=1.1,
+        ),
+        Row(name=f"{name}: its p99 without them", value=p99_alone / 1e3, unit="ms"),
+        Row(name=f"{name}: opened in", value=statistics.median(opening), unit="s"),
+        Row(name=f"{name}: all answered in", value=statistics.median(answering), unit="s"),
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

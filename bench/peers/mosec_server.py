@@ -1,0 +1,56 @@
+"""The example model behind mosec: `python mosec_server.py MODEL MAX_BATCH MAX_WAIT_MS`.
+
+Address and port come from mosec's own MOSEC_ADDRESS and MOSEC_PORT. Runs in mosec's own
+environment, without this project: MODEL is the traced forward, in a file. Bodies of requests and
+responses are the tensors' bytes, which is what costs mosec least.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy
+import torch
+from mosec import Server, Worker
+
+MODEL = sys.argv[1]
+MAX_BATCH = int(sys.argv[2])
+MAX_WAIT_MS = int(sys.argv[3])
+IMAGE = (1, 28, 28)
+
+
+class Digits(Worker):
+    """float32 [1, 28, 28] as bytes → float32 [10] as bytes."""
+
+    resp_mime_type = "application/octet-stream"
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._model = torch.jit.load(MODEL)
+        with torch.inference_mode():
+            for size in range(1, MAX_BATCH + 1):
+                self._model(torch.zeros(size, *IMAGE))
+
+    def deserialize(self, data: bytes) -> Any:
+        """The body as it is: all of a batch are joined in one copy."""
+        return data
+
+    def serialize(self, data: Any) -> bytes:
+        """A row of the outputs."""
+        body: bytes = data.tobytes()
+        return body
+
+    @torch.inference_mode()
+    def forward(self, data: list[bytes]) -> list[Any]:
+        """One batch."""
+        joined = bytearray().join(data)
+        inputs = torch.frombuffer(joined, dtype=torch.float32).view(len(data), *IMAGE)
+        outputs: numpy.ndarray[Any, Any] = self._model(inputs).numpy()
+        return list(outputs)
+
+
+if __name__ == "__main__":
+    server = Server()
+    server.append_worker(Digits, num=1, max_batch_size=MAX_BATCH, max_wait_time=MAX_WAIT_MS)
+    server.run()

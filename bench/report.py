@@ -1,0 +1,153 @@
+"""What was measured, for people: `python -m bench.report` writes docs/benchmarks.md and a plot.
+
+Reads bench/results/serving.json alone, and measures nothing.
+"""
+
+from __future__ import annotations
+
+import html
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from bench.harness import CHECKOUT
+from bench.results import RESULTS, read
+
+_TABLE = CHECKOUT / "docs" / "benchmarks.md"
+_PLOT = RESULTS / "serving.svg"
+
+_INTRODUCTION = """\
+# Benchmarks
+
+Generated from `bench/results/serving.json` by `python -m bench.report`, which `make bench` and
+`make bench-peers` end with. What is compared by speed runs in turns, one after the other on the
+same machine, and its rows are medians of all turns or ratios of those; the rows of memory are
+single measurements. Ratios carry over to other machines better than absolute numbers do.
+
+![Requests a second of the example model](../bench/results/serving.svg)
+"""
+
+# In the order of the document: the program's module, and what it does.
+_PROGRAMS = (
+    (
+        "serving",
+        "The service and its model",
+        "64 closed-loop connections, 3,136-byte float32 inputs, one torch thread, and a load "
+        "client in C on a core of its own. The yardstick is the raw batched forward of the same "
+        "model: everything that a client sees less than that is the service's cost. The identity "
+        "model computes nothing, and its worker has one core, as picows' echo server has. nginx "
+        "runs with the gateway's own configuration.",
+    ),
+    (
+        "peers",
+        "Beside other servers",
+        "The same traced forward on one torch thread, batches of up to 64, over 64 HTTP "
+        "connections that stay open, the same 3,136 bytes of input. Each peer runs with the best "
+        "of some settings, chosen at the start of the run: mosec with batches of up to 32 or 64 "
+        "and a wait of 1 or 10 ms, with the tensors' bytes as bodies; pytriton with a delay of "
+        "0, 1 or 5 ms and 2 or 8 HTTP threads, with Triton's binary extension.",
+    ),
+    (
+        "connections",
+        "Many connections",
+        "Through nginx to two workers, all open at once; each asks once. Memory is that of nginx "
+        "and both workers together, what processes share counted once. The other client asks 300 "
+        "times a second, with the many beside it and without them.",
+    ),
+    (
+        "memory",
+        "Memory over time",
+        "One worker process; its resident memory after a warm-up, and after as many requests and "
+        "connects as the rows say. Every second client leaves without a closing handshake.",
+    ),
+)
+
+# Without one: other programs used the machine meanwhile.
+_VERDICTS = {True: "holds", False: "**missed**", None: "*not measured alone*"}
+
+# What the plot compares: the row's name, and what it is called there.
+_BARS = (
+    ("raw forward, batches of 64", "raw forward"),
+    ("direct", "gpu_service"),
+    ("through nginx", "gpu_service, nginx"),
+    ("mosec 0.9.8", "mosec 0.9.8"),
+    ("pytriton 0.7.0", "pytriton 0.7.0"),
+)
+
+_WIDTH, _LEFT, _TOP, _STEP, _BAR = 760, 170, 60, 40, 24
+_COLOURS = {"raw forward": "#999999"}
+_OWN, _OTHER, _TEXT = "#0072b2", "#d55e00", "#333333"
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The whole document."""
+    parts = [_INTRODUCTION]
+    for program, title, about in _PROGRAMS:
+        own = [row for row in rows if row["command"].split()[2] == f"bench.{program}"]
+        if own:
+            dates = ", ".join(sorted({row["date"] for row in own}))
+            machines = "; ".join(sorted({row["machine"] for row in own}))
+            lines = [f"## {title}", "", about, "", f"`{own[0]['command']}`, {dates}, {machines}."]
+            lines += ["", "| figure | value | bar | |", "|---|---:|---:|---|"]
+            parts.append("\n".join([*lines, *map(_line, own)]) + "\n")
+    return "\n".join(parts)
+
+
+def svg(rows: Sequence[dict[str, Any]]) -> str:
+    """The plot: requests a second, one bar each."""
+    values = {row["name"]: float(row["value"]) for row in rows}
+    bars = [(label, values[name]) for name, label in _BARS if name in values]
+    most = max((value for _, value in bars), default=1.0)
+    height = _TOP + _STEP * len(bars) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" '
+        f'width="{_WIDTH}" height="{height}" font-family="sans-serif" font-size="13" '
+        f'fill="{_TEXT}">',
+        "<title>Requests a second of the example model</title>",
+        f'<rect width="{_WIDTH}" height="{height}" fill="#ffffff"/>',
+        '<text x="20" y="30" font-size="16">Requests a second, example CNN, one CPU thread, '
+        "64 connections</text>",
+    ]
+    for number, (label, value) in enumerate(bars):
+        y = _TOP + _STEP * number
+        width = value / most * (_WIDTH - _LEFT - 100)
+        colour = _COLOURS.get(label, _OWN if label.startswith("gpu_service") else _OTHER)
+        middle = y + _BAR * 0.7
+        parts += [
+            f'<text x="{_LEFT - 10}" y="{middle:.0f}" text-anchor="end">'
+            f"{html.escape(label)}</text>",
+            f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{colour}"/>',
+            f'<text x="{_LEFT + width + 8:.1f}" y="{middle:.0f}">{value:,.0f}</text>',
+        ]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _line(row: dict[str, Any]) -> str:
+    bar, verdict = "", ""
+    for key, words in (("at_most", "≤"), ("at_least", "≥")):
+        if row[key] is not None:
+            bar = f"{words} {row[key]:g}{_unit(row)}"
+            verdict = _VERDICTS[row["holds"]]
+    return f"| {row['name']} | {_number(row['value'])}{_unit(row)} | {bar} | {verdict} |"
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _unit(row: dict[str, Any]) -> str:
+    return f" {row['unit']}" if row["unit"] else ""
+
+
+def main() -> int:
+    rows = read("serving")
+    _TABLE.write_text(markdown(rows))
+    _PLOT.write_text(svg(rows))
+    print(f"written: {_TABLE.relative_to(CHECKOUT)}, {_PLOT.relative_to(CHECKOUT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
