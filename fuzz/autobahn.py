@@ -22,7 +22,7 @@ from typing import Any
 import uvloop
 
 from fuzz import driver
-from gpu_service.service import Caller
+from gpu_service.connection import Caller
 from gpu_service.session import Limits
 
 SUITE = "autobahntestsuite==0.8.2"

@@ -14,6 +14,7 @@ from websockets.http11 import Response as HttpResponse
 from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
+from gpu_service.connection import Caller
 from gpu_service.protocol import (
     SUBPROTOCOL,
     Cancel,
@@ -28,7 +29,7 @@ from gpu_service.protocol import (
     encode_response,
     encode_session,
 )
-from gpu_service.service import Caller, Service
+from gpu_service.service import Service
 from gpu_service.session import Limits, Session
 
 LIMITS = Limits(

@@ -16,6 +16,7 @@ from typing import Any
 import numpy
 
 from gpu_service.bundle import TensorSpec
+from gpu_service.connection import Connection, InFlight
 from gpu_service.dispatch import BatchOutput, Dispatcher, Engine, Limits, Stream, Tensors
 from gpu_service.metrics import Metrics
 from gpu_service.protocol import (
@@ -29,7 +30,7 @@ from gpu_service.protocol import (
     encode_request,
 )
 from gpu_service.registry import Registry
-from gpu_service.service import Connection, InFlight, Service
+from gpu_service.service import Service
 from gpu_service.signature import ModelInfo
 
 POISON = 66.0  # makes the model raise

@@ -130,10 +130,22 @@ class Engine(Protocol):
 
 
 class Outcome(msgspec.Struct, Generic[W], frozen=True):
-    """How one request ended: its own outputs [n, …] by name, or the exception it caused."""
+    """How one request ended. Its rows are cut out when asked for: by the event loop, not by the
+    inference thread, for which the device waits.
+    """
 
     ticket: Ticket[W]
-    result: Tensors | BaseException
+    whole: Tensors | BaseException  # of the batch
+    start: int = 0  # its first row
+
+    @property
+    def result(self) -> Tensors | BaseException:
+        """Its own outputs [n, …] by name, or the exception it caused."""
+        whole = self.whole
+        if isinstance(whole, BaseException):
+            return whole
+        rows = slice(self.start, self.start + self.ticket.samples)
+        return {name: array[rows] for name, array in whole.items()}
 
 
 class FinishedBatch(msgspec.Struct, Generic[W], frozen=True, kw_only=True):
@@ -432,7 +444,7 @@ class Dispatcher(Generic[W]):
 
     def _suspect(self, channel: Channel[W], batch: FinishedBatch[W]) -> None:
         """Look whether it is the device that fails, once nothing succeeds any more."""
-        failed = all(isinstance(each.result, BaseException) for each in batch.outcomes)
+        failed = all(isinstance(each.whole, BaseException) for each in batch.outcomes)
         channel.in_vain = channel.in_vain + 1 if failed else 0
         if channel.in_vain < _SUSPICIOUS_BATCHES or self._broken is not None:
             return
@@ -563,10 +575,8 @@ def _result(launched: _Launched[W], *, beat: Callable[[], None]) -> FinishedBatc
     outcomes = []
     start = 0
     for ticket in tickets:
-        rows = slice(start, start + ticket.samples)
-        start = rows.stop
-        own = {name: array[rows] for name, array in output.outputs.items()}
-        outcomes.append(Outcome(ticket, own))
+        outcomes.append(Outcome(ticket, output.outputs, start))
+        start += ticket.samples
     return FinishedBatch(
         outcomes=outcomes,
         samples=launched.samples,

@@ -26,6 +26,7 @@ from websockets.typing import Subprotocol
 from gpu_service import __version__, logs, routes
 from gpu_service.admission import Admission, Client, Refusal, Visitor
 from gpu_service.batching import PRIORITIES
+from gpu_service.connection import InFlight
 from gpu_service.dispatch import BrokenError
 from gpu_service.metrics import Metrics, ModelFigures, Reason
 from gpu_service.protocol import (
@@ -40,7 +41,7 @@ from gpu_service.protocol import (
     encode_session,
 )
 from gpu_service.registry import Registry
-from gpu_service.service import InFlight, Service
+from gpu_service.service import Service
 from gpu_service.session import Limits, Session
 from gpu_service.settings import Settings
 from gpu_service.telemetry import Telemetry

@@ -25,7 +25,8 @@ from websockets.protocol import CONNECTING, OPEN
 from websockets.server import ServerProtocol
 
 from gpu_service.admission import Client, Visitor
-from gpu_service.service import Connection, Service
+from gpu_service.connection import Connection
+from gpu_service.service import Service
 
 try:
     from websockets.speedups import apply_mask

@@ -19,11 +19,11 @@ import uvloop
 from gpu_service import control, logs
 from gpu_service.admission import Admission
 from gpu_service.bundle import BundleError
+from gpu_service.connection import InFlight
 from gpu_service.dispatch import Dispatcher, Engine, Limits, StartupError
 from gpu_service.notify import Notifier
 from gpu_service.registry import Registry, in_thread
 from gpu_service.server import InferenceServer
-from gpu_service.service import InFlight
 from gpu_service.settings import Settings, cpus_of
 from gpu_service.sockets import open_listener
 from gpu_service.telemetry import Telemetry
