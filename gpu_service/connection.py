@@ -118,6 +118,11 @@ class InFlight:
         self.batch: FinishedBatch[InFlight] | None = None  # that it, or its last step, ran in
         self.ticket: Ticket[InFlight] | None = None  # None while its caller is clogged
 
+    def release(self) -> None:
+        """Let go of what refers back to it: a cycle would keep its inputs until the next GC."""
+        self.ticket = None
+        self.batch = None
+
 
 class Connection:
     """What one caller has asked for: its requests that are not answered, and its sequences."""
@@ -200,6 +205,7 @@ class Connection:
         for work in list(self._works):
             self._cancel(work)
             self.forget(work)
+            work.release()
             self._service.metrics.in_flight.dec()
             self._service.metrics.ended(ErrorCode.CANCELLED, Reason.DISCONNECTED)
         for sequence_id in list(self._sequences):

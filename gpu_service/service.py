@@ -71,7 +71,8 @@ class Service:
                 continue
             metrics.queue_s.observe(ticket.started_at - ticket.queued_at)
             result = outcome.result
-            work.batch = batch
+            if self._telemetry is not None:
+                work.batch = batch
             if isinstance(result, BaseException):
                 self._failed(work, result)
             elif work.responses is None:
@@ -95,6 +96,7 @@ class Service:
         work.connection.forget(work)
         if self._telemetry is not None:
             self._trace(work, error_code=failure.code)
+        work.release()
         self.answer_failure(failure, reason, work.connection.caller, binary=work.request.binary)
 
     def answer_failure(
@@ -203,6 +205,7 @@ class Service:
         work.served.requests_ok += 1
         if self._telemetry is not None:
             self._trace(work)
+        work.release()
 
     def _trace(self, work: InFlight, *, error_code: str | None = None) -> None:
         assert self._telemetry is not None
