@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="print what a bundle is, and check its files")
     inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help=_BUNDLE)
+    inspect.add_argument(
+        "other", type=Path, nargs="?", metavar="OTHER", help="print what differs from it instead"
+    )
 
     _add_models(commands.add_parser("models", help="load and unload models of a running worker"))
 
@@ -334,6 +337,8 @@ def _bundle(options: argparse.Namespace) -> int:
 
     try:
         if options.command == "inspect":
+            if options.other is not None:
+                return inspection.compare(bundle.find(options.bundle), bundle.find(options.other))
             return inspection.main(bundle.find(options.bundle))
         path = _make_bundle(options)
         inspection.main(path)

@@ -90,7 +90,11 @@ class FileEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the weights come from. `metrics` were measured on the held-out test samples."""
+    """Where the weights come from. `metrics` were measured on the held-out test samples.
+
+    `curve` has a row per epoch; `classes` has figures per label, and `confusion` counts the test
+    samples by true label (rows) and predicted one (columns). `code` names the program.
+    """
 
     dataset: str
     dataset_sha256: str
@@ -105,6 +109,10 @@ class Training(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dataset_license: str = ""
     split: str = ""
     settings: dict[str, int | float | bool | str] = {}
+    code: str = ""
+    curve: tuple[dict[str, float], ...] = ()
+    classes: dict[str, dict[str, float]] = {}
+    confusion: tuple[tuple[int, ...], ...] = ()
 
 
 class Manifest(

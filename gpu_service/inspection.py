@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import safetensors
 from numpy.typing import NDArray
 
-from gpu_service import bundle
+from gpu_service import bundle, history
 
 _WIDTH = 14
 _LABELS = 12
@@ -28,6 +28,13 @@ def main(path: Path, *, output: TextIO | None = None) -> int:
     samples = bundle.load_samples(path)
     print(_line("samples", _samples(samples)), file=output)
     print(_line("weights", _weights(path / bundle.WEIGHTS)), file=output)
+    return 0
+
+
+def compare(before: Path, after: Path, *, output: TextIO | None = None) -> int:
+    """Print what differs between two bundles. Raises bundle.BundleError."""
+    first, *lines = history.differences(bundle.read_manifest(before), bundle.read_manifest(after))
+    print("\n".join([first, *(f"  {line}" for line in lines)]), file=output)
     return 0
 
 
@@ -99,6 +106,10 @@ def _training(training: bundle.Training | None) -> Iterator[str]:
     yield _line(
         "measured", f"{metrics or 'nothing'}, on {training.test_samples:,} held-out samples"
     )
+    if training.code:
+        yield _line("code", training.code)
+    yield from _named("curve", history.curve(training))
+    yield from _named("classes", history.classes(training))
 
 
 def _samples(samples: Mapping[str, NDArray[Any]]) -> str:

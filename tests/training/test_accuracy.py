@@ -13,11 +13,11 @@ def test_the_example_model_is_right_on_held_out_images(trained: Path) -> None:
     manifest = bundle.verify(trained)
     assert manifest.training.world_size == 2
     assert manifest.training.test_samples == 1000
-    assert manifest.training.metrics["test_accuracy"] >= 0.98
+    assert manifest.training.metrics["test_accuracy"] >= 0.985
 
 
 def test_the_stated_accuracy_is_what_the_written_bundle_has(trained: Path) -> None:
-    images, labels = digits.load().test.tensors
+    images, labels = digits.load()[1].tensors
     with torch.inference_mode():
         logits = models.load_model(trained)(images)
     accuracy = (logits.argmax(dim=1) == labels).double().mean().item()
@@ -30,6 +30,6 @@ def test_golden_samples_are_held_out_images_with_the_models_own_answers(trained:
     with torch.inference_mode():
         logits = models.load_model(trained)(torch.from_numpy(samples["image"])).numpy()
     assert numpy.abs(logits - samples["expected.logits"]).max() < 1e-4
-    held_out = digits.load().test.tensors[0].numpy()
+    held_out = digits.load()[1].tensors[0].numpy()
     for image in samples["image"]:
         assert (held_out == image).all(axis=(1, 2, 3)).any()

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from gpu_service import bundle, models
-from gpu_service.training import TrainingError, __main__, digits, settings
+from gpu_service.training import TrainingError, __main__, distributed, settings
 
 CHECKOUT = Path(__file__).parents[2]
 TRAINING = ("-m", "gpu_service.training")
+TINY = ("--task", "bench.training.tiny:task", "--epochs", "2", "--batch-size", "12")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
@@ -73,7 +74,9 @@ def test_rank_0_alone_tells_how_it_goes(first: "subprocess.CompletedProcess[str]
     assert len(lines) == 4
     assert lines[0].startswith("world size 2, gloo on cpu; MNIST")
     assert lines[1].startswith("epoch   1/1  loss ")
-    assert "images/s  ETA 0:00" in lines[1]
+    assert "samples/s  efficiency " in lines[1]
+    assert lines[1].endswith("ETA 0:00")
+    assert lines[2].startswith("test loss 0.")
     assert lines[2].endswith("of 1000 held out")
     assert lines[3].endswith("digits/first")
 
@@ -102,22 +105,25 @@ def test_one_process_needs_no_torchrun(environment: dict[str, str], tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--version", "taken"], "digits/taken: this version exists already"),
+        (["--version", "taken"], "tiny/taken: this version exists already"),
         (["--version", "../up"], r"bad version '\.\./up'"),
         (["--name", "No"], "bad model name 'No'"),
         (["--epochs", "0"], "--epochs 0"),
-        (["--output", "FILE"], "FILE/digits: cannot create the folder"),
+        (["--output", "FILE"], "FILE/tiny: cannot create the folder"),
+        (["--tensorboard", "board"], "needs the package tensorboard: pip install tensorboard"),
+        (["--profile", "FILE"], "--profile FILE: "),
     ],
 )
 def test_what_cannot_end_well_is_not_begun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
 ) -> None:
-    (tmp_path / "digits" / "taken").mkdir(parents=True)
+    (tmp_path / "tiny" / "taken").mkdir(parents=True)
     (tmp_path / "FILE").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(digits, "load", lambda: pytest.fail("began"))
+    monkeypatch.setattr(distributed, "process_group", lambda *_, **__: pytest.fail("began"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises((TrainingError, bundle.BundleError), match=message):
-        __main__.run(settings.parse(["--output", ".", *options]))
+        __main__.run(settings.parse(["--output", ".", *TINY, *options]))
 
 
 def test_a_mistake_is_one_line_without_a_traceback(
@@ -138,6 +144,42 @@ def test_torchrun_is_told_what_was_wrong(environment: dict[str, str], tmp_path: 
     assert line.startswith("training: ")
     assert "this version exists already" in line
     assert "BundleError" in report.partition("Root Cause")[2]
+
+
+def test_the_old_launcher_still_works_with_a_word_on_torchrun(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    old = ("-W", "ignore", "-m", "torch.distributed.launch", "--nproc-per-node=1")
+    options = ("--standalone", *TRAINING, "--output", str(tmp_path), *TINY)
+    done = run(environment, *old, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "training: torch.distributed.launch is going to be removed" in done.stderr
+    assert bundle.verify(bundle.latest(tmp_path / "tiny"))
+
+
+def test_a_run_that_was_complete_is_not_trained_again(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As when a scheduler requeues what was killed after its bundle was written."""
+    options = ("--output", str(tmp_path), "--snapshots", str(tmp_path / "snapshots"))
+    first, second = (run(environment, *TRAINING, *options, *TINY) for _ in range(2))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert "epoch   2/2" in first.stdout
+    assert "epoch   2/2" not in second.stdout
+    assert "this run had learnt to its end" in second.stdout
+    assert first.stdout.splitlines()[-1] == second.stdout.splitlines()[-1]
+    assert len(list((tmp_path / "tiny").iterdir())) == 1
+
+
+def test_the_profiler_leaves_a_trace_of_each_rank(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    options = ("--output", str(tmp_path), "--profile", str(tmp_path / "traces"), *TINY)
+    done = run(environment, *TRAINING, *options)
+    assert done.returncode == 0, done.stderr
+    (trace,) = (tmp_path / "traces").iterdir()
+    assert trace.name == "rank-0.json"
+    assert "aten::convolution" in trace.read_text()
 
 
 def test_a_rank_that_never_comes_is_waited_for_and_named(
