@@ -59,7 +59,7 @@ def descriptor_limit() -> int:
 
 def _room(sockets: int) -> dict[str, int]:
     """Processes enough for twice as many: connections do not come to all in equal numbers."""
-    connections = (descriptor_limit() - 512) // 2  # as `GatewaySettings.descriptors` has it
+    connections = (descriptor_limit() - 512) // 2  # as `sizing.descriptors` has it
     processes = max(len(CORES), -(-2 * 2 * sockets // connections))
     return {"worker_connections": connections, "worker_processes": processes}
 

@@ -1,7 +1,7 @@
 # Makes nginx run the configuration whose candidates lie beside the live files; if clients were
 # served before and are not afterwards, puts back what was there. Runs on the gateway, as root.
 #
-#   nginx-activate PORT DIGEST FILE…      FILE: every managed file; its candidate, where it
+#   nginx-activate PROBE DIGEST FILE…     PROBE: where clients are served (handshake.sh); FILE: every managed file; its candidate, where it
 #                                         differs, is .NAME.candidate in the same folder
 #   nginx-activate --previous             the files that the last change replaced
 #
@@ -19,16 +19,19 @@ candidate_of() { printf '%s/.%s.candidate' "${1%/*}" "${1##*/}"; }
 # More than once: a worker that is just being restarted must not condemn a configuration.
 clients_are_served() {
     for _ in $(seq 5); do
-        is_served "$(handshake_status "$1" 2>/dev/null)" && return 0
+        is_served "$(handshake_status "$1" 2>/dev/null)" "$1" && return 0
         sleep 0.5
     done
     return 1
 }
 
-# The public port of a configuration; none before the first deploy.
-port_of() {
-    sed -n 's/^ *listen \([0-9]*\) default_server.*/\1/p' "$1" 2>/dev/null | head -n 1
+# Where a configuration serves clients; nothing before the first deploy.
+probe_of() {
+    sed -n -e 's/^ *# Probed by the deploy: //p' -e 's/^ *listen \([0-9]*\) default_server.*/\1/p' \
+        "$1" 2>/dev/null | head -n 1
 }
+
+port_in() { printf '%s' "$1" | sed 's/^tls://; s/ .*//'; }
 
 accepting() {
     # Processes that take new connections; those of a former configuration say so in their title.
@@ -104,32 +107,32 @@ stage_previous() {
     done
     checked=$conf
     [[ ! -e $(candidate_of "$conf") ]] || checked=$(candidate_of "$conf")
-    port=$(port_of "$checked") digest="rolled back"
+    probe=$(probe_of "$checked") digest="rolled back"
     nginx -t -q -c "$checked"
 }
 
 if [[ $1 == --previous ]]; then
     stage_previous || exit 1
 else
-    port=$1 digest=$2 files=("${@:3}")
+    probe=$1 digest=$2 files=("${@:3}")
 fi
 
-port_before=$(port_of "$conf")
+probe_before=$(probe_of "$conf")
 served_before=no
-[[ -n $port_before ]] && clients_are_served "$port_before" && served_before=yes
+[[ -n $probe_before ]] && clients_are_served "$probe_before" && served_before=yes
 swap_in "${files[@]}" || { say "could not swap the files in; run again when that is mended"; exit 1; }
 if reload_or_start; then
     # Where clients were not served before, this configuration is not to blame: the deploy's
     # verification says what is.
-    if [[ $served_before == no ]] || clients_are_served "$port"; then
+    if [[ $served_before == no ]] || clients_are_served "$probe"; then
         printf '%s\n' "$digest" >"$state/applied.candidate" && mv -f "$state/applied.candidate" "$state/applied"
         exit 0
     fi
-    say "port $port does not answer a WebSocket handshake; before this change port $port_before did"
+    say "port $(port_in "$probe") does not answer a WebSocket handshake; before this change port $(port_in "$probe_before") did"
 fi
 if [[ $served_before == yes && -e $previous/changed ]]; then
     put_back
-    if clients_are_served "$port_before"; then
+    if clients_are_served "$probe_before"; then
         say "the previous configuration is back, and clients are served"
     else
         say "the previous configuration is back, but clients are still not served"

@@ -3,12 +3,10 @@
 # Public port. Clients connect to ws://GATEWAY:8009.
 listen_port = 8009
 
-# User of nginx's worker processes. "nginx" is the safer choice; both work.
-nginx_user = "root"
-
-# SELinux of the running system and of the next boot. "enforcing" goes together with
-# `selinux_allow_connect = True`: without it nginx is denied the workers (13: Permission denied).
-selinux_mode = "permissive"
+# "reference": nginx's worker processes are root, SELinux is permissive, no TLS. "hardened": user
+# nginx, SELinux enforcing, TLS only, limits, a sandbox; it needs a certificate (docs/runbook.md).
+# Every single thing can also be set alone.
+profile = "reference"
 
 # Idle upstream connections kept per nginx worker process.
 upstream_keepalive = 1000

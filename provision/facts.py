@@ -411,3 +411,98 @@ class WorkerPaths(FactBase[frozenset[str]]):
     @override
     def process(self, output: list[str]) -> frozenset[str]:
         return frozenset(output)
+
+
+@dataclass(frozen=True)
+class Limits(_Answer):
+    """What the kernel gives a gateway. Memory in bytes."""
+
+    cores: int
+    memory: int
+    first_port: int
+    last_port: int
+    nr_open: int
+    somaxconn: int
+    conntrack_max: int | None  # None: connections are not tracked
+
+
+class HostLimits(FactBase[Limits]):
+    """CPU cores as nginx counts them (`worker_processes auto`), memory, and kernel limits."""
+
+    @override
+    def command(self) -> StringCommand:
+        return script(
+            'echo "cores $(getconf _NPROCESSORS_ONLN)"; '
+            "sed -n 's/^MemTotal: *\\([0-9]*\\) kB/memory_kib \\1/p' /proc/meminfo; cd /proc/sys; "
+            "for f in net/ipv4/ip_local_port_range fs/nr_open net/core/somaxconn "
+            'net/netfilter/nf_conntrack_max; do [ ! -r "$f" ] || echo "${f##*/} $(cat "$f")"; '
+            "done; true"
+        )
+
+    @override
+    def process(self, output: list[str]) -> Limits:
+        found = {name: list(map(int, numbers)) for name, *numbers in map(str.split, output)}
+        first, last = found["ip_local_port_range"]
+        return Limits(
+            cores=found["cores"][0],
+            memory=found["memory_kib"][0] * 1024,
+            first_port=first,
+            last_port=last,
+            nr_open=found["nr_open"][0],
+            somaxconn=found["somaxconn"][0],
+            conntrack_max=found.get("nf_conntrack_max", [None])[0],
+        )
+
+
+@dataclass(frozen=True)
+class CertificateState(_Answer):
+    """A certificate and its key, as they lie on the host."""
+
+    exists: bool = False  # one of the two files at least
+    openssl: bool = True  # whether the host has the program
+    matches: bool = False  # the certificate is one, and the key is its
+    issuer: str = ""
+    lasts: bool = False  # longer than was asked
+    names: frozenset[str] = frozenset()  # DNS:… and IP:…
+
+
+class Certificate(FactBase[CertificateState]):
+    """State of a certificate; `lasts` is whether it is valid for so many seconds more."""
+
+    @override
+    def command(self, certificate: str, key: str, seconds: int) -> StringCommand:
+        return script(
+            "command -v openssl >/dev/null || echo missing; "
+            '[ -e "$1" ] || [ -e "$2" ] || exit 0; echo exists; '
+            'of=$(openssl x509 -in "$1" -noout -pubkey 2>/dev/null); '
+            '[ -n "$of" ] && [ "$of" = "$(openssl pkey -in "$2" -pubout 2>/dev/null)" ] && '
+            "echo matches; "
+            'openssl x509 -in "$1" -noout -checkend "$3" >/dev/null 2>&1 && echo lasts; '
+            'openssl x509 -in "$1" -noout -issuer -ext subjectAltName 2>/dev/null; true',
+            certificate,
+            key,
+            str(seconds),
+        )
+
+    @staticmethod
+    @override
+    def default() -> CertificateState:
+        return CertificateState()
+
+    @override
+    def process(self, output: list[str]) -> CertificateState:
+        issuer = [line.removeprefix("issuer=") for line in output if line.startswith("issuer=")]
+        names = {
+            name.strip().replace("IP Address:", "IP:")
+            for line in output
+            if line.startswith((" ", "\t"))
+            for name in line.split(",")
+        }
+        return CertificateState(
+            exists="exists" in output,
+            openssl="missing" not in output,
+            matches="matches" in output,
+            issuer="".join(issuer),
+            lasts="lasts" in output,
+            names=frozenset(names),
+        )

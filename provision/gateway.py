@@ -5,19 +5,29 @@ Stages: install, SELinux, configure, firewall, activate.
 
 from __future__ import annotations
 
+import ipaddress
+
+from pyinfra import host
 from pyinfra.api import deploy
 from pyinfra.operations import yum
 
-from provision import operations, rendering
+from provision import facts, operations, rendering, sizing
 from provision.operations import ManagedFile
-from provision.settings import Fleet, GatewaySettings
+from provision.preflight import RefusedError
+from provision.settings import (
+    SELF_SIGNED_CERTIFICATE,
+    SELF_SIGNED_KEY,
+    Fleet,
+    GatewaySettings,
+)
 
 ERROR_PAGES = "/usr/share/nginx/gateway"
 
 
 @deploy("Gateway")
 def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
-    """Bring one gateway host to its declared state."""
+    """Bring one gateway host to its declared state. Raises `RefusedError`, touching nothing."""
+    cores = sized(settings, fleet)
     yum.packages(name="nginx is installed", packages=[settings.nginx_package])
     # Before the mode: in enforcing mode, not a moment without it.
     if settings.selinux_allow_connect:
@@ -26,12 +36,19 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
         )
     operations.selinux_mode(name=f"SELinux is {settings.selinux_mode}", mode=settings.selinux_mode)
     operations.firewalld(name="Public port is open", ports=public_ports(settings))
-    configuration = nginx_conf(settings, fleet)
+    if settings.tls_self_signed:
+        operations.self_signed_certificate(
+            name="Certificate of its own",
+            certificate=SELF_SIGNED_CERTIFICATE,
+            key=SELF_SIGNED_KEY,
+            names=certificate_names(settings, fleet.addresses[host.name]),
+        )
+    configuration = nginx_conf(settings, fleet, cores)
     operations.run_nginx(
         name="nginx runs this configuration",
-        files=[configuration, *supporting_files(settings)],
+        files=[configuration, *supporting_files(settings, fleet, cores)],
         main=configuration,
-        port=settings.listen_port,
+        probe=settings.probe,
     )
 
 
@@ -41,24 +58,55 @@ def previous() -> None:
     operations.nginx_previous(name="nginx runs what it ran before")
 
 
-def nginx_conf(settings: GatewaySettings, fleet: Fleet) -> ManagedFile:
-    return ManagedFile(path="/etc/nginx/nginx.conf", content=rendering.nginx_conf(settings, fleet))
+def sized(settings: GatewaySettings, fleet: Fleet) -> int:
+    """CPU cores of the current host, which has to give what `connections` needs.
+
+    Raises `RefusedError` with every limit that is too low. A host is asked only where it matters.
+    """
+    if settings.connections is None:
+        return 1
+    found = host.get_fact(facts.HostLimits)
+    wanted = rendering.demand(settings, fleet, found.cores)
+    capacity = sizing.Capacity(
+        memory=found.memory,
+        first_port=found.first_port,
+        last_port=found.last_port,
+        nr_open=found.nr_open,
+        somaxconn=found.somaxconn,
+        conntrack_max=found.conntrack_max,
+    )
+    problems = sizing.problems(wanted, capacity) if wanted else []
+    if problems:
+        raise RefusedError(
+            [f"{host.name}: connections = {settings.connections} needs {p}" for p in problems]
+        )
+    return found.cores
 
 
-def supporting_files(settings: GatewaySettings) -> list[ManagedFile]:
+def certificate_names(settings: GatewaySettings, address: str) -> list[str]:
+    """What a self-signed certificate is for: the server's names, its address, this host itself."""
+    names = [f"DNS:{name}" for name in settings.server_names]
+    addresses = [f"IP:{ipaddress.ip_address(found)}" for found in (address, "127.0.0.1")]
+    return list(dict.fromkeys([*names, "DNS:localhost", *addresses]))
+
+
+def nginx_conf(settings: GatewaySettings, fleet: Fleet, cores: int = 1) -> ManagedFile:
+    return ManagedFile(
+        path="/etc/nginx/nginx.conf", content=rendering.nginx_conf(settings, fleet, cores)
+    )
+
+
+def supporting_files(settings: GatewaySettings, fleet: Fleet, cores: int = 1) -> list[ManagedFile]:
     return [
         ManagedFile(path=f"{ERROR_PAGES}/404.html", content=rendering.static("404.html")),
         ManagedFile(path=f"{ERROR_PAGES}/50x.html", content=rendering.static("50x.html")),
         ManagedFile(path="/etc/logrotate.d/nginx", content=rendering.static("nginx.logrotate")),
         ManagedFile(
             path="/etc/systemd/system/nginx.service.d/gateway.conf",
-            content=rendering.render("nginx-limits.conf.j2", gateway=settings),
+            content=rendering.nginx_unit(settings, fleet, cores),
         ),
     ]
 
 
 def public_ports(settings: GatewaySettings) -> list[int]:
-    return [
-        settings.listen_port,
-        *([settings.tls_listen_port] if settings.tls_certificate else []),
-    ]
+    return [settings.listen_port, *([settings.tls_listen_port] if settings.tls else [])]

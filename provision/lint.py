@@ -3,11 +3,13 @@
 Pure: a configuration's text in, findings out. Runs on every rendering before a deploy begins, so
 that a template changed by hand can't bring a known fault back; and on any file by hand:
 
-    python -m provision.lint FILE
+    python -m provision.lint [--hardened] [--ping-interval SECONDS] FILE…
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -39,8 +41,20 @@ class UnparsableError(Exception):
     """The text is no nginx configuration; says where it stops being one."""
 
 
-def lint(text: str) -> list[Finding]:
-    """Every known fault of a configuration, in the order of its lines. Raises `UnparsableError`."""
+# nginx's own, where nothing is said.
+# https://nginx.org/en/docs/http/ngx_http_proxy_module.html#proxy_read_timeout
+READ_TIMEOUT_S = 60.0
+
+
+def lint(
+    text: str, *, hardened: bool = False, ping_interval_s: float = 20.0, unit: str | None = None
+) -> list[Finding]:
+    """Every known fault of a configuration, in the order of its lines. Raises `UnparsableError`.
+
+    `hardened`: whether nginx's worker processes must not be root. `ping_interval_s`: how often a
+    socket that is alive shows it. `unit`: text of nginx.service's drop-in, whose LimitNOFILE is
+    compared.
+    """
     tree = _parse(text)
     findings = [
         *_upgrade_headers(tree),
@@ -49,6 +63,9 @@ def lint(text: str) -> list[Finding]:
         *_closing_maps(tree),
         *_http10_upstreams(tree),
         *_descriptors(tree),
+        *_silences(tree, ping_interval_s),
+        *(_root_workers(tree) if hardened else ()),
+        *(_descriptors_granted(tree, unit) if unit is not None else ()),
     ]
     return sorted(findings, key=lambda finding: finding.line)
 
@@ -157,12 +174,99 @@ def _descriptors(tree: list[Directive]) -> Iterator[Finding]:
             )
 
 
+def _descriptors_granted(tree: list[Directive], unit: str) -> Iterator[Finding]:
+    """systemd has to grant the master what nginx.conf hands on to its worker processes."""
+    granted = re.findall(r"^LimitNOFILE=(\d+)$", unit, re.MULTILINE)
+    for directive in _all(tree, "worker_rlimit_nofile"):
+        wanted = int(directive["args"][0])
+        if not granted or int(granted[-1]) < wanted:
+            has = f"LimitNOFILE={granted[-1]}" if granted else "no LimitNOFILE"
+            yield Finding(
+                line=directive["line"],
+                rule="descriptors-not-granted",
+                message=f"worker processes are to have {wanted} descriptors, but nginx.service has "
+                f"{has}; set it to at least {wanted}",
+            )
+
+
+def _silences(tree: list[Directive], ping_interval_s: float) -> Iterator[Finding]:
+    for location, timeout in _tunnels(tree, READ_TIMEOUT_S):
+        if timeout <= 2 * ping_interval_s:
+            yield Finding(
+                line=location["line"],
+                rule="silent-socket",
+                message=f"a socket that is silent for {timeout:g} s is closed, although one that "
+                f"is alive shows a ping every {ping_interval_s:g} s only; set proxy_read_timeout "
+                f"above {2 * ping_interval_s:g} s",
+            )
+
+
+def _tunnels(block: list[Directive], timeout: float) -> Iterator[tuple[Directive, float]]:
+    """Locations that forward upgrades, each with the read time-out that it has or inherits."""
+    for directive in block:
+        if directive["directive"] == "proxy_read_timeout":
+            timeout = _seconds(directive["args"][0])
+    for directive in block:
+        inner = directive.get("block", [])
+        if directive["directive"] == "location" and _forwards_upgrades(inner):
+            own = [d["args"][0] for d in inner if d["directive"] == "proxy_read_timeout"]
+            yield directive, _seconds(own[-1]) if own else timeout
+        yield from _tunnels(inner, timeout)
+
+
+def _forwards_upgrades(block: list[Directive]) -> bool:
+    return any(
+        directive["directive"] == "proxy_set_header"
+        and directive["args"][0].lower() == "upgrade"
+        and directive["args"][1]
+        for directive in block
+    )
+
+
+# https://nginx.org/en/docs/syntax.html
+_UNITS = {
+    "ms": 1e-3,
+    "": 1,
+    "s": 1,
+    "m": 60,
+    "h": 3600,
+    "d": 86_400,
+    "w": 7 * 86_400,
+    "M": 30 * 86_400,
+    "y": 365 * 86_400,
+}
+
+
+def _seconds(text: str) -> float:
+    return float(sum(int(n) * _UNITS[u] for n, u in re.findall(r"(\d+)(ms|[smhdwMy]?)", text)))
+
+
+def _root_workers(tree: list[Directive]) -> Iterator[Finding]:
+    for directive in tree:
+        if directive["directive"] == "user" and directive["args"][0] == "root":
+            yield Finding(
+                line=directive["line"],
+                rule="root-workers",
+                message="worker processes read what clients send, and only the master needs root; "
+                "use a user of their own, such as nginx",
+            )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Lint files; 0 when none has a fault, 2 when one has, 1 when one could not be read."""
+    parser = argparse.ArgumentParser(prog="python -m provision.lint", description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--hardened", action="store_true", help="worker processes must not be root")
+    parser.add_argument("--ping-interval", type=float, default=20.0, metavar="SECONDS")
+    options = parser.parse_args(arguments)
     worst = 0
-    for name in arguments:
+    for name in options.files:
         try:
-            findings = lint(Path(name).read_text())
+            findings = lint(
+                Path(name).read_text(),
+                hardened=options.hardened,
+                ping_interval_s=options.ping_interval,
+            )
         except (OSError, UnicodeDecodeError, UnparsableError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1

@@ -281,12 +281,12 @@ APPLIED = "/var/lib/gpu-gateway/applied"
 
 
 @operation()
-def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, port: int) -> Commands:
+def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, probe: str) -> Commands:
     """nginx enabled, running, and running *this* configuration; or what it ran before.
 
     + files: everything that belongs to it, nginx.conf included
     + main: nginx.conf, the one that `nginx -t` is asked about
-    + port: public port that clients are served on
+    + probe: where clients are served, as files/handshake.sh reads it
 
     All candidates are staged beside the live files and checked by this host's `nginx -t`; then
     swapped in together, nginx reloaded, and a handshake tried (files/nginx-activate.sh). What
@@ -313,7 +313,77 @@ def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, port: int) -> Com
     for managed in differing:
         yield from _stage(managed)
     yield _nginx_check(main.candidate if main in differing else main.path)
-    yield _nginx_activate(str(port), digest, *(managed.path for managed in files))
+    yield _nginx_activate(probe, digest, *(managed.path for managed in files))
+
+
+# Who a certificate made here says that it is from; no other is ever replaced.
+SELF_SIGNED_BY = "gpu-gateway self-signed"
+SELF_SIGNED_DAYS = 90
+SELF_SIGNED_RENEWED_S = 30 * 24 * 3600
+
+# Both beside the old ones, then renamed: a run that was cut leaves a pair that does not match at
+# worst, which the next one sees and makes anew.
+_SELF_SIGNED = """
+set -eu
+mkdir -p "$(dirname "$1")"
+umask 077
+openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -sha256 -days "$3" \
+    -subj "/O=$4/CN=$5" -addext "subjectAltName=$6" -addext extendedKeyUsage=serverAuth \
+    -addext basicConstraints=critical,CA:FALSE \
+    -keyout "$2.candidate" -out "$1.candidate" 2>"$1.log" || { cat "$1.log" >&2; exit 1; }
+rm -f "$1.log" "$7"
+chmod 644 "$1.candidate"
+mv -fT "$2.candidate" "$2"
+mv -fT "$1.candidate" "$1"
+"""
+
+
+@operation()
+def self_signed_certificate(certificate: str, key: str, names: Iterable[str]) -> Commands:
+    """A certificate that this host made for itself; made anew before it ends.
+
+    + certificate, key: where they lie
+    + names: what it is for, as `DNS:NAME` or `IP:ADDRESS`
+
+    One of somebody else is never replaced. nginx takes a new one over: what it last took over is
+    forgotten.
+    """
+    wanted = list(dict.fromkeys(names))
+    found = host.get_fact(
+        facts.Certificate, certificate=certificate, key=key, seconds=SELF_SIGNED_RENEWED_S
+    )
+    ours = SELF_SIGNED_BY in found.issuer
+    if found.exists and found.issuer and not ours:
+        yield fail(
+            f"{certificate} was not made by this deploy (issuer: {found.issuer}), so it stays; "
+            "move it away, or name it as tls_certificate instead of tls_self_signed"
+        )
+        return
+    if found.matches and found.lasts and found.names == frozenset(wanted):
+        return
+    if not found.openssl:
+        yield fail(
+            "openssl is missing, which makes the certificate; on this host: yum install openssl"
+        )
+        return
+    reasons = {
+        "its key is not its own, or one of the two is missing": not found.matches,
+        f"it ends within {SELF_SIGNED_RENEWED_S // 86400} days": not found.lasts,
+        f"it is for other names than {', '.join(wanted)}": found.names != frozenset(wanted),
+    }
+    if found.exists and executing():
+        why = next(reason for reason, true in reasons.items() if true)
+        host.log(f"{certificate} is made anew: {why}")
+    yield script(
+        _SELF_SIGNED,
+        certificate,
+        key,
+        str(SELF_SIGNED_DAYS),
+        SELF_SIGNED_BY,
+        wanted[0].partition(":")[2][:64],
+        ",".join(wanted),
+        APPLIED,
+    )
 
 
 @operation(is_idempotent=False)

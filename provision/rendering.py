@@ -6,13 +6,14 @@ file and line.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from provision import lint
+from provision import lint, sizing
 from provision.settings import Fleet, GatewaySettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -82,16 +83,72 @@ def shell(name: str) -> str:
     return static(name).decode()
 
 
-def nginx_conf(gateway: GatewaySettings, fleet: Fleet) -> bytes:
-    """nginx.conf of one gateway."""
-    return render("nginx.conf.j2", gateway=gateway, upstream_servers=fleet.upstream_servers())
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one nginx process may have open, and how many clients may wait. None: nginx's own."""
+
+    worker_connections: int
+    descriptors: int
+    backlog: int | None
+
+
+def demand(gateway: GatewaySettings, fleet: Fleet, cores: int) -> sizing.Demand | None:
+    """What is wanted of a gateway with so many CPU cores; None where no number says it."""
+    if gateway.connections is None:
+        return None
+    processes = gateway.worker_processes
+    return sizing.Demand(
+        connections=gateway.connections,
+        workers=len(fleet.upstream_servers()),
+        processes=cores if processes == "auto" else processes,
+        keepalive=gateway.upstream_keepalive,
+    )
+
+
+def limits(gateway: GatewaySettings, fleet: Fleet, cores: int = 1) -> Limits:
+    """The limits of nginx on a host with so many CPU cores."""
+    wanted = demand(gateway, fleet, cores)
+    if wanted is None:
+        return Limits(
+            worker_connections=gateway.worker_connections,
+            descriptors=sizing.descriptors(gateway.worker_connections),
+            backlog=None,
+        )
+    plan = sizing.plan(wanted)
+    return Limits(
+        worker_connections=plan.worker_connections,
+        descriptors=plan.descriptors,
+        backlog=plan.backlog,
+    )
+
+
+def nginx_conf(gateway: GatewaySettings, fleet: Fleet, cores: int = 1) -> bytes:
+    """nginx.conf of one gateway with so many CPU cores (they count where `connections` is set)."""
+    return render(
+        "nginx.conf.j2",
+        gateway=gateway,
+        upstreams=fleet.upstreams(),
+        limits=limits(gateway, fleet, cores),
+    )
+
+
+def nginx_unit(gateway: GatewaySettings, fleet: Fleet, cores: int = 1) -> bytes:
+    """The drop-in of nginx.service."""
+    return render("nginx-unit.conf.j2", gateway=gateway, limits=limits(gateway, fleet, cores))
 
 
 def check_all(fleet: Fleet) -> None:
     """Render everything that the deploy would render, so that a fault shows before it begins."""
     for name, gateway in fleet.gateways.items():
-        _lint(name, nginx_conf(gateway, fleet).decode())
-        render("nginx-limits.conf.j2", gateway=gateway)
+        _lint(
+            name,
+            nginx_conf(gateway, fleet).decode(),
+            unit=nginx_unit(gateway, fleet).decode(),
+            hardened=gateway.profile == "hardened",
+            ping_interval_s=max(
+                (w.service_option("ping_interval_s") for w in fleet.workers.values()), default=0
+            ),
+        )
     for worker in fleet.workers.values():
         render("gpu-worker@.service.j2", **unit_placeholders(), worker=worker)
         render("gpu-worker@.socket.j2", **unit_placeholders(), worker=worker)
@@ -99,9 +156,10 @@ def check_all(fleet: Fleet) -> None:
         static(name)
 
 
-def _lint(host: str, text: str) -> None:
+def _lint(host: str, text: str, *, unit: str, hardened: bool, ping_interval_s: float) -> None:
     try:
-        faults = [str(finding) for finding in lint.lint(text)]
+        found = lint.lint(text, hardened=hardened, ping_interval_s=ping_interval_s, unit=unit)
+        faults = [str(finding) for finding in found]
     except lint.UnparsableError as error:
         faults = [str(error)]
     if faults:

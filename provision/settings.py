@@ -60,9 +60,37 @@ class CommonSettings(_Settings):
         return self
 
 
+# What `profile = "hardened"` changes: defaults only, so that each can still be set alone.
+HARDENED: Mapping[str, Any] = {
+    "nginx_user": "nginx",
+    "selinux_mode": "enforcing",
+    "selinux_allow_connect": True,
+    "tls_only": True,
+    "hsts_max_age_s": 2 * 365 * 24 * 3600,  # Mozilla's
+    "tls_stapling": True,
+    "client_max_connections": 100,
+    "client_handshakes_per_s": 10,
+    "status_port": 8008,  # http_port_t in SELinux's policy, so nginx may listen on it
+    "sandbox": True,
+}
+
+SELF_SIGNED_CERTIFICATE = "/etc/pki/gpu-gateway/self-signed.pem"
+SELF_SIGNED_KEY = "/etc/pki/gpu-gateway/self-signed.key"
+
+# What the sandbox of nginx.service does not see. https://www.freedesktop.org/software/systemd/man/systemd.exec.html#ProtectHome=
+UNSEEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108
+
+
 class GatewaySettings(CommonSettings):
     """Of hosts in `gateways`: nginx in front of the workers."""
 
+    profile: Literal["reference", "hardened"] = Field(
+        default="reference",
+        description="`hardened` changes the defaults of other settings, each of which can still be "
+        "set alone: "
+        + ", ".join(f"`{name} = {value!r}`" for name, value in HARDENED.items())
+        + ". It needs a certificate.",
+    )
     nginx_package: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+~:-]+(=[A-Za-z0-9_.+~:-]+)?$")] = (
         Field(
             default="nginx",
@@ -96,16 +124,93 @@ class GatewaySettings(CommonSettings):
     tls_certificate_key: AbsolutePath | None = Field(
         default=None, description="Private key (PEM) on the gateway."
     )
+    tls_self_signed: bool = Field(
+        default=False,
+        description="Makes a certificate on the gateway, for a lab or behind something that does "
+        f"not ask who signed it: `{SELF_SIGNED_CERTIFICATE}`, valid for 90 days, made anew by a "
+        "deploy in its last 30.",
+    )
     tls_listen_port: Port = Field(
         default=8443, description="Port of the TLS server, when it is on."
+    )
+    tls_only: bool = Field(
+        default=False,
+        description="The plain port serves nobody: requests are sent to the TLS port (308), "
+        "WebSocket handshakes are refused with 426, which says why.",
+    )
+    hsts_max_age_s: Annotated[int, Field(strict=True, ge=0, le=10 * 365 * 24 * 3600)] = Field(
+        default=0,
+        description="How long browsers remember to come by TLS only (Strict-Transport-Security). "
+        "0: they are not told.",
+    )
+    tls_stapling: bool = Field(
+        default=False,
+        description="OCSP stapling. nginx leaves it out, with a warning, where the certificate "
+        "names no responder.",
+    )
+    tls_resolver: str | None = Field(
+        default=None,
+        description="IP address of the DNS server that nginx asks where the OCSP responder is. "
+        "None: it is looked up whenever nginx reads its configuration.",
+    )
+    tls_client_ca: AbsolutePath | None = Field(
+        default=None,
+        description="Certificates (PEM, on the gateway) of the authorities whose clients may "
+        "connect by TLS; nobody else may. None: clients need no certificate.",
+    )
+    allowed_origins: tuple[
+        Annotated[str, Field(pattern=r"^https?://(\*\.)?[a-z0-9][a-z0-9.-]*(:[0-9]{1,5})?$")], ...
+    ] = Field(
+        default=(),
+        description="Origins whose pages may connect: exact, or `https://*.example.com` for all "
+        "names below example.com. Others get 403. Programs send no Origin and are not asked. "
+        "Empty: all.",
+    )
+    client_max_connections: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = Field(
+        default=None,
+        description="WebSockets that one client address may have open; more get 429. None: no "
+        "bound.",
+    )
+    client_handshakes_per_s: Annotated[int, Field(strict=True, ge=1, le=10_000)] | None = Field(
+        default=None,
+        description="WebSocket handshakes of one client address in a second, and twice as many at "
+        "once; more get 429. None: no bound.",
+    )
+    auth_request: (
+        Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.\[\]:-]+(/[A-Za-z0-9._~/-]*)?$")] | None
+    ) = Field(
+        default=None,
+        description="Address that nginx asks about each request, with its headers and without its "
+        "body: 2xx lets it pass, 401 and 403 are passed on.",
+    )
+    status_port: Port | None = Field(
+        default=None,
+        description="Port on the gateway's loopback address with nginx's counters (`stub_status`, "
+        "at `/status`). None: none.",
+    )
+    access_log_format: Literal["main", "json"] = Field(
+        default="main",
+        description="`main`: the usual format, and behind it what a WebSocket needs. `json`: one "
+        "object a line, with the same and the upstream's timings.",
+    )
+    sandbox: bool = Field(
+        default=False,
+        description="systemd shows nginx no more of the host than it needs. Takes effect when "
+        "nginx is started, which a deploy does not do to one that runs.",
     )
     worker_processes: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=1024)] = Field(
         default="auto", description="nginx worker processes; `auto` is one a core."
     )
+    connections: Annotated[int, Field(strict=True, ge=1, le=10_000_000)] | None = Field(
+        default=None,
+        description="WebSockets that the gateway has to hold at once. The limits follow, and a "
+        "host that cannot give them is refused (docs/sizing.md). None: `worker_connections` "
+        "counts.",
+    )
     worker_connections: Annotated[int, Field(strict=True, ge=64, le=1_000_000)] = Field(
         default=8192,
         description="Connections per nginx worker process. A proxied WebSocket takes two, and "
-        "idle upstream connections count too.",
+        "idle upstream connections count too. Not together with `connections`.",
     )
     upstream_balance: Literal["least_conn", "round_robin", "ip_hash"] = Field(
         default="least_conn",
@@ -151,23 +256,105 @@ class GatewaySettings(CommonSettings):
             )
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _profile_gives_defaults(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("profile") == "hardened":
+            return {**HARDENED, **data}
+        return data
+
     @model_validator(mode="after")
-    def _tls_needs_both_files(self) -> Self:
-        if (self.tls_certificate is None) != (self.tls_certificate_key is None):
-            raise ValueError(
-                "tls_certificate and tls_certificate_key go together: set both or none"
+    def _consistent(self) -> Self:
+        problems = [*self._tls_problems(), *self._sandbox_problems()]
+        if self.connections is not None and "worker_connections" in self.model_fields_set:
+            problems.append(
+                "connections and worker_connections are both set, and the second follows from the "
+                "first; take one out"
             )
+        if self.profile == "hardened" and self.nginx_user == "root":
+            problems.append(
+                "nginx_user is root, which the hardened profile does not allow (workers read what "
+                "clients send, only the master needs root); take it out, or the profile"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
-    @property
-    def descriptors(self) -> int:
-        """File descriptors that one nginx worker process may need.
+    def _tls_problems(self) -> Iterable[str]:
+        if self.tls_resolver:
+            ipaddress.ip_address(self.tls_resolver)
+        if (self.tls_certificate is None) != (self.tls_certificate_key is None):
+            yield "tls_certificate and tls_certificate_key go together: set both or none"
+        if self.tls_self_signed and self.tls_certificate:
+            yield "tls_self_signed makes a certificate, and tls_certificate names one; choose one"
+        if not self.tls:
+            needing = [
+                name
+                for name in ("tls_only", "hsts_max_age_s", "tls_stapling", "tls_client_ca")
+                if getattr(self, name)
+            ]
+            if needing:
+                yield (
+                    f"{', '.join(needing)}: there is no certificate; set tls_certificate and "
+                    "tls_certificate_key, or tls_self_signed = True"
+                )
+        if self.tls_client_ca and not self.tls_only:
+            yield (
+                "tls_client_ca asks clients for a certificate, and the plain port would let "
+                "everybody in without; set tls_only = True"
+            )
 
-        Each connection is one descriptor, and a proxied request may hold a temporary file;
-        nginx documents `worker_rlimit_nofile` of at least `worker_connections`, and a margin
-        is left for logs, listeners and the epoll descriptor.
-        """
-        return 2 * self.worker_connections + 512
+    def _sandbox_problems(self) -> Iterable[str]:
+        if not self.sandbox:
+            return
+        for name in ("tls_certificate", "tls_certificate_key", "tls_client_ca"):
+            path = getattr(self, name)
+            if path and path.startswith(UNSEEN):
+                yield f"{name} is {path}, which nginx does not see in its sandbox; use /etc/pki"
+
+    @property
+    def tls(self) -> bool:
+        """Whether there is a TLS server."""
+        return self.certificate is not None
+
+    @property
+    def certificate(self) -> str | None:
+        """Path of the certificate chain on the gateway."""
+        return SELF_SIGNED_CERTIFICATE if self.tls_self_signed else self.tls_certificate
+
+    @property
+    def certificate_key(self) -> str | None:
+        """Path of its private key on the gateway."""
+        return SELF_SIGNED_KEY if self.tls_self_signed else self.tls_certificate_key
+
+    @property
+    def bracketed_resolver(self) -> str | None:
+        return _bracketed(self.tls_resolver) if self.tls_resolver else None
+
+    @property
+    def server_names(self) -> list[str]:
+        return self.server_name.split()
+
+    @property
+    def origin_patterns(self) -> list[tuple[str, int]]:
+        """Keys of nginx's map over the Origin, the most exact first, each with 0: not refused."""
+        exact = [f'"{o}"' for o in self.allowed_origins if "*" not in o]
+        below = [
+            '"~^' + o.replace(".", r"\.").replace(r"*\.", "(?:[a-z0-9_-]+" + r"\." + ")+") + '$"'
+            for o in self.allowed_origins
+            if "*" in o
+        ]
+        return [(key, 0) for key in dict.fromkeys([*exact, *below])]
+
+    @property
+    def probe(self) -> str:
+        """How the deploy asks whether clients are served, as files/handshake.sh reads it."""
+        place = f"tls:{self.tls_listen_port}" if self.tls_only else str(self.listen_port)
+        refusals = [
+            *(["400"] if self.tls_client_ca else []),  # the deploy has no client's certificate,
+            *(["403"] if self.auth_request else []),  # and nothing that names it
+        ]
+        return " ".join([place, *refusals])
 
 
 class WorkerSettings(CommonSettings):
@@ -185,6 +372,15 @@ class WorkerSettings(CommonSettings):
         default="auto",
         description="`auto`: one NVIDIA GPU per worker where the host has them, else the CPU. "
         "`cuda` refuses a host without a GPU; `cpu` ignores the GPUs.",
+    )
+    weight: Annotated[int, Field(strict=True, ge=1, le=1000)] = Field(
+        default=1,
+        description="Share of the connections that each worker of this host gets, beside those of "
+        "other hosts.",
+    )
+    backup: bool = Field(
+        default=False,
+        description="Workers of this host get connections only while all others are down.",
     )
     worker_listen: str = Field(
         default="0.0.0.0",  # noqa: S104  the firewall decides who may connect
@@ -398,6 +594,15 @@ class HostInput:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Upstream:
+    """A worker, as nginx spreads connections over it."""
+
+    address: str  # address:port
+    weight: int
+    backup: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fleet:
     """All hosts, checked. Keys are host names, in inventory order."""
 
@@ -406,13 +611,21 @@ class Fleet:
     trainers: Mapping[str, TrainerSettings]
     addresses: Mapping[str, str]
 
-    def upstream_servers(self) -> list[str]:
-        """`address:port` of every worker, host by host, port by port."""
+    def upstreams(self) -> list[Upstream]:
+        """Every worker, host by host, port by port."""
         return [
-            f"{_bracketed(self.addresses[name])}:{port}"
+            Upstream(
+                address=f"{_bracketed(self.addresses[name])}:{port}",
+                weight=worker.weight,
+                backup=worker.backup,
+            )
             for name, worker in self.workers.items()
             for port in worker.worker_ports
         ]
+
+    def upstream_servers(self) -> list[str]:
+        """`address:port` of every worker, host by host, port by port."""
+        return [upstream.address for upstream in self.upstreams()]
 
     def gateway_addresses(self) -> list[str]:
         return [self.addresses[name] for name in self.gateways]
@@ -473,6 +686,7 @@ def parse_fleet(
     problems += _group_problems(hosts)
     problems += _clashes(fleet)
     problems += _silences(fleet)
+    problems += _backups(fleet)
     if problems:
         raise InvalidFleetError(dict.fromkeys(problems))
     return fleet
@@ -579,11 +793,32 @@ def _silences(fleet: Fleet) -> list[str]:
     return problems
 
 
+def _backups(fleet: Fleet) -> list[str]:
+    """What nginx refuses or ignores, said before it is asked."""
+    backups = [name for name, worker in fleet.workers.items() if worker.backup]
+    if not backups:
+        return []
+    problems = [
+        f"{name}: upstream_balance is ip_hash, which knows no backup workers, and "
+        f"{', '.join(backups)} has them; use least_conn, or take backup out"
+        for name, gateway in fleet.gateways.items()
+        if gateway.upstream_balance == "ip_hash"
+    ]
+    if len(backups) == len(fleet.workers):
+        problems.append(
+            f"{', '.join(backups)}: all workers are backups, so there is nothing that they are "
+            "backups of; take backup out for one host"
+        )
+    return problems
+
+
 def _listeners(fleet: Fleet) -> Iterable[tuple[str, int, str]]:
     for name, gateway in fleet.gateways.items():
         yield name, gateway.listen_port, "listen_port"
-        if gateway.tls_certificate:
+        if gateway.tls:
             yield name, gateway.tls_listen_port, "tls_listen_port"
+        if gateway.status_port:
+            yield name, gateway.status_port, "status_port"
     for name, worker in fleet.workers.items():
         for port in dict.fromkeys(worker.worker_ports):
             yield name, port, "worker_ports"

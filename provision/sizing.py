@@ -26,10 +26,12 @@ SPARE_CONNECTIONS = 64
 FILES_PER_CONNECTION = 2
 SPARE_DESCRIPTORS = 512
 
-# What 20,000 idle WebSockets through nginx and two workers took (bench/results/serving.json,
-# `python -m bench.connections`), rounded up, and twice that for buffers in use.
-NGINX_BYTES = 2 * 12 * 1024
-WORKER_BYTES = 2 * 24 * 1024
+# What each of 20,000 WebSockets that had asked once took, in nginx and its worker together
+# (`python -m bench.connections`): 30 to 32 KiB. How it divides between the two was not measured, so
+# each side is counted as if it took nearly all of it; the rest is for buffers in use.
+MEASURED_BYTES = 32 * 1024
+NGINX_BYTES = 24 * 1024
+WORKER_BYTES = 48 * 1024
 
 # All clients of a gateway that restarts come back at once. The kernel keeps those that nginx has
 # not accepted yet; one in ten at the same moment is what the clients' jitter leaves.
@@ -149,6 +151,52 @@ def problems(demand: Demand, capacity: Capacity) -> list[str]:
     return found
 
 
+def document() -> str:
+    """docs/sizing.md."""
+    return f"""# Sizing
+
+Generated from `provision/sizing.py` by `python -m provision.sizing`; a test keeps it true.
+
+`connections = 20000` in `group_data/gateways.py` says how many WebSockets a gateway has to hold at
+once. The limits on their way follow from that number and the host: `worker_connections`,
+`worker_rlimit_nofile`, systemd's `LimitNOFILE`, and the backlog of the public ports. What the host
+cannot give is refused before anything is touched, with the arithmetic. Without `connections`,
+`worker_connections` counts (8,192 for each nginx process, of which a WebSocket takes two), and
+nothing is asked of the host.
+
+{table()}
+Each gateway has to hold all of its connections while one of the workers is down; hence the column
+of ports, which are those of one source address to one address of a worker.
+
+| from | follows | because |
+|---|---|---|
+| `worker_connections` | {PER_SOCKET} for each WebSocket of a process, the idle upstream \
+connections, {SPARE_CONNECTIONS} | one to the client, one to the worker; processes accept \
+unevenly, so each has room for {UNEVEN:g} times its share |
+| descriptors | {FILES_PER_CONNECTION} for each connection, {SPARE_DESCRIPTORS} | its socket, and \
+a temporary file |
+| backlog | a tenth of the connections, {SMALLEST_BACKLOG} to {LARGEST_BACKLOG} | after a restart \
+all clients come back, and the kernel keeps those that nginx has not accepted yet |
+| ports | {SPARE_PORTS:.0%} more than the connections and idle ones of a worker | closed ones stay \
+taken for a minute |
+| memory | {NGINX_BYTES // 1024} KiB of nginx, {WORKER_BYTES // 1024} KiB of its worker for each | \
+see below |
+| conntrack | {PER_SOCKET} entries for each WebSocket | both connections pass the firewall |
+
+Asked of the host: MemTotal (nginx may have half), `fs.nr_open`, `net.core.somaxconn`,
+`net.ipv4.ip_local_port_range`, `net.netfilter.nf_conntrack_max` where connections are tracked.
+
+## Measured
+
+20,000 WebSockets through nginx to two workers, each after one request of its own, took 30 to
+{MEASURED_BYTES // 1024} KiB each, in nginx and worker together, what processes share counted once
+(`python -m bench.connections`; loopback, 2 cores). The table reserves \
+{(NGINX_BYTES + WORKER_BYTES) // 1024} KiB, which is \
+{(NGINX_BYTES + WORKER_BYTES) / MEASURED_BYTES:.2g} times that: messages in both directions fill
+buffers that idle connections don't have. The other columns are arithmetic, not measurements.
+"""
+
+
 def table() -> str:
     """Plans for round numbers, as Markdown."""
     lines = [
@@ -196,4 +244,4 @@ def _gib(size: int) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(table())
+    sys.stdout.write(document())

@@ -47,7 +47,8 @@ def _reachable(settings: WorkerSettings) -> str:
 
 @deploy("Verify gateway")
 def verify_gateway(settings: GatewaySettings) -> None:
-    handshake(name="WebSocket handshake through the public port", port=settings.listen_port)
+    handshake(name="WebSocket handshake through the public port", probe=settings.probe)
+    sandboxed(name="nginx runs in its sandbox", wanted=settings.sandbox)
 
 
 @operation()
@@ -113,22 +114,56 @@ tail -n 20 /var/log/nginx/error.log 2>/dev/null
 
 
 @operation()
-def handshake(port: int) -> Commands:
+def handshake(probe: str) -> Commands:
     """A handshake on the gateway's public port has to be answered by a worker: with 101, or with
-    401 by one that asks for a token.
+    401 by one that asks for a token; or by nginx as `probe` says (files/handshake.sh).
     """
     if not executing():
         return
     text = rendering.shell("handshake.sh") + 'handshake_status "$1"\n'
-    _, output = ask(quoted("bash", "-c", text, "handshake", str(port)))
+    _, output = ask(quoted("bash", "-c", text, "handshake", probe))
     status = output.stdout_lines[0] if output.stdout_lines else ""
-    for code in ("101", "401"):
+    place, *refusals = probe.split()
+    port = int(place.removeprefix("tls:"))
+    for code in ("101", "401", *refusals):
         if f" {code} " in f"{status} ":
             host.log(f"verified: port {port} answers a WebSocket handshake with {code}")
             return
     _, evidence = ask(quoted("bash", "-c", _EVIDENCE))
     seen = Sighting(status=status, port=port, evidence=tuple(evidence.stdout_lines))
     yield fail(*diagnose(seen))
+
+
+# In the sandbox the whole host is read-only, but for a few folders.
+_SANDBOXED = """
+pid=$(cat /run/nginx.pid) || exit 1
+awk '$5 == "/" { found = $6 } END { print found }' /proc/"$pid"/mountinfo
+"""
+
+
+@operation()
+def sandboxed(wanted: bool) -> Commands:
+    """Says so where nginx was started before its sandbox was declared, or taken back: a restart
+    closes its sockets, so that is the operator's to decide. Changes nothing.
+    """
+    if executing():
+        succeeded, output = ask(quoted("sh", "-c", _SANDBOXED))
+        mounted = output.stdout_lines[0] if succeeded and output.stdout_lines else ""
+        message = sandbox_message(wanted=wanted, mounted=mounted)
+        if message:
+            host.log(message)
+    yield from ()
+
+
+def sandbox_message(*, wanted: bool, mounted: str) -> str | None:
+    """What to tell of a running nginx whose root file system is mounted so. Pure."""
+    inside = mounted.split(",")[0] == "ro"
+    if not mounted or inside == wanted:
+        return None
+    state = "still runs in its sandbox" if inside else "runs without its sandbox"
+    return (
+        f"nginx {state} until it is started anew, which closes its sockets: systemctl restart nginx"
+    )
 
 
 @dataclass(frozen=True)

