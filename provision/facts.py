@@ -363,6 +363,85 @@ class HostHardware(FactBase[Hardware]):
         )
 
 
+@dataclass(frozen=True)
+class Node(_Answer):
+    """A host as a scheduler names and counts it; `memory_mb` leaves a twentieth to the system.
+
+    `cgroup`: the version of control groups, 1 or 2; a host that mounts both counts as 1.
+    """
+
+    hostname: str
+    memory_mb: int
+    cgroup: int = 2
+
+
+class NodeSize(FactBase[Node]):
+    """Short host name, memory in MiB, version of control groups."""
+
+    @override
+    def command(self) -> StringCommand:
+        return script(
+            "hostname -s; sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo; "
+            # One line, of the hierarchy 0, where there is version 2 alone.
+            "if grep -qv ^0: /proc/self/cgroup; then echo 1; else echo 2; fi"
+        )
+
+    @override
+    def process(self, output: list[str]) -> Node:
+        hostname, total_kib, cgroup = output
+        return Node(
+            hostname=hostname, memory_mb=int(total_kib) // 1024 * 19 // 20, cgroup=int(cgroup)
+        )
+
+
+class SlurmAnswers(FactBase[bool]):
+    """Whether a Slurm controller answers on this host."""
+
+    @override
+    def command(self) -> StringCommand:
+        return script(
+            "command -v scontrol >/dev/null && scontrol ping 2>/dev/null | grep -c UP; true"
+        )
+
+    @staticmethod
+    @override
+    def default() -> bool:
+        return False
+
+    @override
+    def process(self, output: list[str]) -> bool:
+        return output[0].strip() not in ("", "0")
+
+
+class StaleUnits(FactBase[frozenset[str]]):
+    """Units that do not run, or run since before one of their files was written.
+
+    + units: (unit, files that it reads when it starts)
+    """
+
+    @override
+    def command(self, units: Iterable[tuple[str, Iterable[str]]]) -> StringCommand:
+        words = [word for unit, files in units for word in (f"unit={unit}", *files)]
+        return script(
+            "since=0; unit=; for w; do case $w in unit=*) unit=${w#unit=}; since=0; "
+            'systemctl is-active --quiet "$unit" && '
+            'since=$(date -d "$(systemctl show "$unit" -p ActiveEnterTimestamp --value)" +%s); '
+            '[ "$since" -gt 0 ] || echo "$unit" ;; '
+            '*) [ "$(stat -c %Y "$w" 2>/dev/null || echo 0)" -le "$since" ] || echo "$unit" ;; '
+            "esac; done | sort -u",
+            *words,
+        )
+
+    @staticmethod
+    @override
+    def default() -> frozenset[str]:
+        return frozenset()
+
+    @override
+    def process(self, output: list[str]) -> frozenset[str]:
+        return frozenset(output)
+
+
 class NewestFirst(FactBase[dict[str, list[str]]]):
     """Names in each folder, the one that was changed last first; hidden ones left out."""
 
@@ -390,7 +469,8 @@ class NewestFirst(FactBase[dict[str, list[str]]]):
 
 
 class WorkerPaths(FactBase[frozenset[str]]):
-    """Paths of environments, packages, bundles and tokens that settings files of workers name.
+    """Paths of environments, packages, bundles and tokens that settings files of workers, and of
+    a training, name.
 
     The current ones, and those kept to go back to.
     """
@@ -398,8 +478,9 @@ class WorkerPaths(FactBase[frozenset[str]]):
     @override
     def command(self, folder: str) -> StringCommand:
         return script(
-            'cat "$1"/worker-*.env* 2>/dev/null | sed -n -E '
-            "'s/^(GPU_WORKER_PYTHON|PYTHONPATH|GPU_SERVICE_(BUNDLE|TOKENS_FILE))=//p' | sort -u",
+            'cat "$1"/worker-*.env* "$1"/training.env 2>/dev/null | sed -n -E '
+            "'s/^(GPU_WORKER_PYTHON|PYTHONPATH|GPU_SERVICE_(BUNDLE|TOKENS_FILE))=//p' | "
+            "tr : '\\n' | sort -u",
             folder,
         )
 

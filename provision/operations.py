@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pyinfra import host, logger, state
-from pyinfra.api import FileUploadCommand, FunctionCommand, StringCommand, operation
+from pyinfra.api import (
+    FileDownloadCommand,
+    FileUploadCommand,
+    FunctionCommand,
+    StringCommand,
+    operation,
+)
 from pyinfra.api.arguments import CONNECTOR_ARGUMENT_KEYS
 from pyinfra.api.host import Host
 from pyinfra.api.state import State, StateStage
@@ -28,7 +34,9 @@ from pyinfra.connectors.util import CommandOutput
 from provision import facts, rendering
 from provision.facts import SelinuxMode, quoted, script
 
-Commands = Generator[StringCommand | FileUploadCommand | FunctionCommand, None, None]
+Commands = Generator[
+    StringCommand | FileUploadCommand | FileDownloadCommand | FunctionCommand, None, None
+]
 
 
 def fail(*lines: str) -> FunctionCommand:
@@ -47,11 +55,14 @@ def executing() -> bool:
     return bool(state.current_stage == StateStage.Execute)
 
 
-def ask(command: StringCommand) -> tuple[bool, CommandOutput]:
-    """Run a command now, as the current operation would (sudo and the like), whatever it says."""
+def ask(command: StringCommand, *, of: Host | None = None) -> tuple[bool, CommandOutput]:
+    """Run a command now, as the current operation would (sudo and the like), whatever it says.
+
+    `of`: another host than the current one.
+    """
     arguments: dict[str, Any] = dict(host.current_op_global_arguments or {})
     as_operation = {key: arguments[key] for key in CONNECTOR_ARGUMENT_KEYS if key in arguments}
-    return host.run_shell_command(command, **as_operation)
+    return (of or host).run_shell_command(command, **as_operation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,12 +235,12 @@ def selinux_boolean(boolean: str) -> Commands:
 @operation()
 def firewalld(
     ports: Iterable[int] = (),
-    ports_from: Mapping[int, Iterable[str]] | None = None,
+    ports_from: Mapping[int | str, Iterable[str]] | None = None,
 ) -> Commands:
     """Open ports where firewalld runs, now and for good.
 
     + ports: open to everybody
-    + ports_from: port -> addresses that may connect; nobody else may
+    + ports_from: port, or a range like 1024-65535, -> addresses that may connect; nobody else may
     """
     found = host.get_fact(facts.Firewalld)
     if found is None:
@@ -240,12 +251,12 @@ def firewalld(
         for port in ports:
             if f"{port}/tcp" not in present:
                 yield quoted("firewall-cmd", "--quiet", *flag, f"--add-port={port}/tcp")
-        for port, addresses in restricted.items():
-            yield from _only_from(port, list(addresses), present, flag)
+        for place, addresses in restricted.items():
+            yield from _only_from(place, list(addresses), present, flag)
 
 
 def _only_from(
-    port: int, addresses: list[str], present: frozenset[str], flag: tuple[str, ...]
+    port: int | str, addresses: list[str], present: frozenset[str], flag: tuple[str, ...]
 ) -> Commands:
     if f"{port}/tcp" in present:  # open to everybody: by hand, or by an earlier setting
         yield quoted("firewall-cmd", "--quiet", *flag, f"--remove-port={port}/tcp")
@@ -257,7 +268,7 @@ def _only_from(
         yield quoted("firewall-cmd", "--quiet", *flag, f"--add-rich-rule={rule}")
 
 
-def _rich_rule(address: str, port: int) -> str:
+def _rich_rule(address: str, port: int | str) -> str:
     # As firewall-cmd prints it back, so that a second run finds it.
     family = "ipv6" if ":" in address else "ipv4"
     return (

@@ -29,6 +29,8 @@ from gpu_service.dispatch import StartupError
 from provision import rendering
 from provision.rendering import CHECKOUT
 from provision.settings import (
+    SERVING,
+    TRAINING,
     Fleet,
     Group,
     HostInput,
@@ -41,6 +43,10 @@ from provision.settings import (
 ROLLBACK = "rollback"
 SIDES = frozenset({"workers", "gateways"})
 
+# What `--data train=…` may say, for train.py.
+TRAIN = "train"
+VERBS = ("start", "status", "stop")
+
 # Host data that is no setting: how pyinfra connects, and its global arguments (`_sudo`, …).
 FOREIGN_KEYS = (
     frozenset(
@@ -49,7 +55,7 @@ FOREIGN_KEYS = (
         for key in connector.data_cls.__annotations__
     )
     | {name for name, _ in all_global_arguments()}
-    | {ROLLBACK}
+    | {ROLLBACK, TRAIN}
 )
 
 # Inventory files that are being read now: reading one executes it again.
@@ -82,7 +88,7 @@ def check_inventory(filename: str) -> None:
         inventory = make_inventory_from_files(
             filename, override_data=_overrides(sys.argv), cwd=str(Path.cwd())
         )
-        _checked(inventory, with_files=_deploying(sys.argv))
+        _checked(inventory, with_files=_runs("deploy.py"), needed=_needed())
     except RefusedError as error:
         # Not an exception that pyinfra would show with a traceback: it is for the operator.
         sys.exit(str(error))
@@ -110,8 +116,13 @@ def load(filename: str) -> tuple[Fleet, Mapping[str, Mapping[str, Any]]]:
     return fleet, {host.name: host.data for host in hosts}
 
 
-def _deploying(argv: Iterable[str]) -> bool:
-    return any(Path(argument).name == "deploy.py" for argument in argv)
+def _runs(deploy: str) -> bool:
+    return any(Path(argument).name == deploy for argument in sys.argv)
+
+
+def _needed() -> tuple[Group, ...]:
+    """Groups that must not be empty for what is being run."""
+    return TRAINING if _runs("train.py") else SERVING
 
 
 def _overrides(argv: list[str]) -> dict[str, Any]:
@@ -133,7 +144,7 @@ def current_fleet(inventory: Inventory, *, with_files: bool = True) -> Fleet:
     known = getattr(inventory, "_gateway_fleet", None)
     if isinstance(known, Fleet):
         return known
-    fleet = _checked(inventory, with_files=with_files)
+    fleet = _checked(inventory, with_files=with_files, needed=_needed())
     inventory._gateway_fleet = fleet  # type: ignore[attr-defined]
     return fleet
 
@@ -148,7 +159,15 @@ def rollback_sides(host: Any) -> frozenset[str]:
     return frozenset({wanted})
 
 
-def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
+def train_verb(host: Any) -> str:
+    """What `train.py` is asked for: to start (or attach), or what `--data train=VERB` says."""
+    wanted = host.data.get(TRAIN, VERBS[0])
+    if wanted not in VERBS:
+        raise RefusedError([f"train is {wanted!r}; it may be {', '.join(VERBS)}"])
+    return str(wanted)
+
+
+def _checked(inventory: Inventory, *, with_files: bool, needed: Iterable[Group]) -> Fleet:
     hosts = [
         HostInput(
             name=host.name,
@@ -160,7 +179,9 @@ def _checked(inventory: Inventory, *, with_files: bool) -> Fleet:
     problems: list[str] = []
     fleet = None
     try:
-        fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=FOREIGN_KEYS)
+        fleet = parse_fleet(
+            hosts, resolve=_resolved(hosts), foreign_keys=FOREIGN_KEYS, needed=needed
+        )
     except InvalidFleetError as error:
         problems += error.problems
     if with_files:

@@ -23,6 +23,7 @@ from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from gpu_service import settings as service_settings
+from gpu_service.training import settings as training_settings
 
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Seconds = Annotated[int, Field(strict=True, ge=1, le=30 * 24 * 3600)]
@@ -357,7 +358,45 @@ class GatewaySettings(CommonSettings):
         return " ".join([place, *refusals])
 
 
-class WorkerSettings(CommonSettings):
+class PythonSettings(CommonSettings):
+    """Of hosts that run the gpu_service package: its interpreter, its packages, its user."""
+
+    python_package: Token = Field(
+        default="python3.11", description="Package that yum installs to get `python`."
+    )
+    python: AbsolutePath = Field(
+        default="/usr/bin/python3.11",
+        description="Interpreter of service and training, 3.11 or newer.",
+    )
+    packages_from: Literal["wheelhouse", "index"] = Field(
+        default="wheelhouse",
+        description="`wheelhouse`: wheels that the operator's machine prepared and uploads; the "
+        "host needs no internet. `index`: pip on the host downloads.",
+    )
+    torch_build: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Build of torch; `auto` follows the device that is used."
+    )
+    index_url: SecretStr | None = Field(
+        default=None, description="Package index for `packages_from = 'index'` (may hold a token)."
+    )
+    torch_index_url: SecretStr | None = Field(
+        default=None, description="Extra index that has the wanted build of torch."
+    )
+    index_trusted_host: Token | None = Field(
+        default=None,
+        description="Host of an index that pip may use without TLS, on a network of your own.",
+    )
+    service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")] = Field(
+        default="gpu-service", description="System user that service and training run as."
+    )
+    keep_versions: Annotated[int, Field(strict=True, ge=1, le=100)] = Field(
+        default=2,
+        description="Releases, environments, bundles and training runs kept on the host. What a "
+        "worker runs, or can go back to, is kept in any case.",
+    )
+
+
+class WorkerSettings(PythonSettings):
     """Of hosts in `workers`: the inference service."""
 
     worker_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=64)] = Field(
@@ -409,40 +448,8 @@ class WorkerSettings(CommonSettings):
         description="Options of `python -m gpu_service serve` by name, for example "
         '`{"max_batch": 128}`; see the service\'s own table.',
     )
-    python_package: Token = Field(
-        default="python3.11", description="Package that yum installs to get `python`."
-    )
-    python: AbsolutePath = Field(
-        default="/usr/bin/python3.11", description="Interpreter of the workers, 3.11 or newer."
-    )
-    packages_from: Literal["wheelhouse", "index"] = Field(
-        default="wheelhouse",
-        description="`wheelhouse`: wheels that the operator's machine prepared and uploads; the "
-        "host needs no internet. `index`: pip on the host downloads.",
-    )
-    torch_build: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="Build of torch; `auto` follows the worker's device."
-    )
-    index_url: SecretStr | None = Field(
-        default=None, description="Package index for `packages_from = 'index'` (may hold a token)."
-    )
-    torch_index_url: SecretStr | None = Field(
-        default=None, description="Extra index that has the wanted build of torch."
-    )
-    index_trusted_host: Token | None = Field(
-        default=None,
-        description="Host of an index that pip may use without TLS, on a network of your own.",
-    )
-    service_user: Annotated[str, Field(pattern=r"^[a-z_][a-z0-9_-]{0,30}$")] = Field(
-        default="gpu-service", description="System user that the workers run as."
-    )
     restart_timeout_s: Seconds = Field(
         default=120, description="How long a worker may take from its start until it is ready."
-    )
-    keep_versions: Annotated[int, Field(strict=True, ge=1, le=100)] = Field(
-        default=2,
-        description="Releases, environments and bundles kept on the host. What a worker runs, or "
-        "can go back to, is kept in any case.",
     )
 
     @model_validator(mode="after")
@@ -498,8 +505,81 @@ class WorkerSettings(CommonSettings):
         return int(self.service_option("max_connections")) + 1024
 
 
-class TrainerSettings(CommonSettings):
-    """Of hosts in `trainers`."""
+class TrainerSettings(PythonSettings):
+    """Of hosts in `trainers`: the training, and a Slurm cluster of them if one is wanted."""
+
+    train_options: dict[str, str | int | float | bool] = Field(
+        default_factory=dict,
+        description="Options of `python -m gpu_service.training` by name, for example "
+        '`{"epochs": 10}`; see its own `--help`.',
+    )
+    train_device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="`auto`: all NVIDIA GPUs where the host has them, else the CPU. `cuda` "
+        "refuses a host without a GPU; `cpu` ignores the GPUs.",
+    )
+    train_processes: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=64)] = Field(
+        default="auto",
+        description="Processes on the host; `auto` is one a GPU, and one where there is none.",
+    )
+    train_max_restarts: Annotated[int, Field(strict=True, ge=0, le=1000)] = Field(
+        default=3, description="How often torchrun starts the processes again after a failure."
+    )
+    train_join_timeout_s: Seconds = Field(
+        default=300,
+        description="How long a host waits at the rendezvous until all trainers are there; one "
+        "that lost the others gives up after it.",
+    )
+    rendezvous_port: Port = Field(
+        default=29400, description="Port of the c10d rendezvous on the first trainer."
+    )
+    train_models: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]+$")] = Field(
+        default="models",
+        description="Folder on the operator's machine that gets NAME/VERSION/, relative to the "
+        "checkout.",
+    )
+    slurm: bool = Field(
+        default=False,
+        description="Make the trainers a Slurm cluster, with the first as its controller. Training "
+        "goes through Slurm where the first trainer reaches one, whoever installed it.",
+    )
+    slurm_packages: Annotated[tuple[Token, ...], Field(min_length=1)] = Field(
+        default=("munge", "slurm", "slurm-slurmctld", "slurm-slurmd"),
+        description="Packages that yum installs for Slurm: by default EPEL's names.",
+    )
+    slurm_uid: Annotated[int, Field(strict=True, ge=100, le=65533)] = Field(
+        default=64030,
+        description="User and group id of `slurm`; Slurm needs the same on all hosts.",
+    )
+    slurm_service_uid: Annotated[int, Field(strict=True, ge=100, le=65533)] = Field(
+        default=64031,
+        description="User and group id of `service_user` where `slurm` makes it; the same on all "
+        "hosts, since jobs run as it.",
+    )
+
+    @model_validator(mode="after")
+    def _options_exist(self) -> Self:
+        if problems := _training_problems(self.train_options):
+            raise ValueError("; ".join(problems))
+        return self
+
+
+# What `train.py` decides itself.
+MANAGED_TRAINING_OPTIONS = frozenset({"output", "version", "snapshots"})
+
+
+def _training_problems(options: Mapping[str, Any]) -> list[str]:
+    """Options that the training has not, or that the launcher decides."""
+    known = {option.name for option in dataclasses.fields(training_settings.Settings)}
+    problems = [
+        f"train_options.{name} is decided by train.py; take it out"
+        for name in sorted(MANAGED_TRAINING_OPTIONS & set(options))
+    ]
+    for name in sorted(set(options) - known - MANAGED_TRAINING_OPTIONS):
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        problems.append(f"train_options.{name}: the training has no such option{hint}")
+    return problems
 
 
 # What the deploy decides itself, worker by worker.
@@ -627,6 +707,14 @@ class Fleet:
         """`address:port` of every worker, host by host, port by port."""
         return [upstream.address for upstream in self.upstreams()]
 
+    @property
+    def lead_trainer(self) -> str:
+        """Name of the trainer that holds the rendezvous, or controls the Slurm cluster."""
+        return next(iter(self.trainers))
+
+    def trainer_addresses(self) -> list[str]:
+        return [self.addresses[name] for name in self.trainers]
+
     def gateway_addresses(self) -> list[str]:
         return [self.addresses[name] for name in self.gateways]
 
@@ -636,6 +724,11 @@ class Fleet:
             # With another worker there, a refused connect is the faster way to it.
             return len(self.upstream_servers()) == 1
         return worker.socket_activation == "on"
+
+
+# Groups that have to have members: for serving, and for training.
+SERVING = (Group.GATEWAYS, Group.WORKERS)
+TRAINING = (Group.TRAINERS,)
 
 
 class InvalidFleetError(Exception):
@@ -651,11 +744,13 @@ def parse_fleet(
     *,
     resolve: Mapping[str, str],
     foreign_keys: frozenset[str] = frozenset(),
+    needed: Iterable[Group] = SERVING,
 ) -> Fleet:
     """Check what an inventory says of all its hosts.
 
     `resolve` gives the IP address of host names that the operator's machine could resolve.
     `foreign_keys` are data keys that belong to pyinfra (its connectors and global arguments).
+    `needed` are the groups that must not be empty.
     Raises `InvalidFleetError` with every problem, not only the first.
     """
     hosts = list(hosts)
@@ -683,7 +778,8 @@ def parse_fleet(
         trainers=_of_type(parsed[Group.TRAINERS], TrainerSettings),
         addresses=addresses,
     )
-    problems += _group_problems(hosts)
+    problems += _group_problems(hosts, needed)
+    problems += _differences(fleet)
     problems += _clashes(fleet)
     problems += _silences(fleet)
     problems += _backups(fleet)
@@ -753,17 +849,37 @@ def _address(host: HostInput, resolve: Mapping[str, str]) -> tuple[str, list[str
     ]
 
 
-def _group_problems(hosts: list[HostInput]) -> list[str]:
-    members = {group: [h for h in hosts if group in h.groups] for group in Group}
-    problems = []
-    if not members[Group.GATEWAYS]:
-        problems.append("gateways: the group is empty; name at least one host in the inventory")
-    if not members[Group.WORKERS]:
-        problems.append(
-            "workers: the group is empty, so the gateway would have no upstream; "
-            "name at least one host in the inventory"
-        )
-    return problems
+_EMPTY = {
+    Group.GATEWAYS: "the group is empty; name at least one host in the inventory",
+    Group.WORKERS: "the group is empty, so the gateway would have no upstream; "
+    "name at least one host in the inventory",
+    Group.TRAINERS: "the group is empty; name at least one host in the inventory",
+}
+
+
+def _group_problems(hosts: list[HostInput], needed: Iterable[Group]) -> list[str]:
+    named = {group for host in hosts for group in Group if group in host.groups}
+    return [f"{group}: {_EMPTY[group]}" for group in needed if group not in named]
+
+
+# What only makes sense when all trainers say the same.
+_SHARED_BY_TRAINERS = (
+    *("train_options", "train_max_restarts", "train_join_timeout_s", "rendezvous_port"),
+    *("train_models", "slurm", "slurm_packages", "slurm_uid", "slurm_service_uid", "service_user"),
+)
+
+
+def _differences(fleet: Fleet) -> list[str]:
+    if not fleet.trainers:
+        return []
+    lead = fleet.trainers[fleet.lead_trainer]
+    return [
+        f"{name}: {key} differs from that of {fleet.lead_trainer}; all trainers need the same, so "
+        "set it in group_data/trainers.py"
+        for name, trainer in fleet.trainers.items()
+        for key in _SHARED_BY_TRAINERS
+        if getattr(trainer, key) != getattr(lead, key)
+    ]
 
 
 def _clashes(fleet: Fleet) -> list[str]:

