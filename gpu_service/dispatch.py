@@ -473,19 +473,22 @@ class Dispatcher(Generic[W]):
             if self._pinged:
                 self._pinged = False
                 self._beats += 1
-            for channel in self._by_age():
-                if tickets := channel.queue.take():
-                    return (channel, tickets), []
+            # First, or the engines of removed models would stay for as long as others are busy.
             ended = [each for each in self._channels if each.is_closing and not each.queue.samples]
             if ended:
                 self._channels = [each for each in self._channels if each not in ended]
                 return None, ended
+            for channel in self._by_age():
+                if tickets := channel.queue.take():
+                    return (channel, tickets), []
             self._changed.wait(self._due_in_s())
         return None, []
 
     def _stage(self) -> _Launched[W] | None:
         """A second batch, behind the one that runs, if waiting would not make it any fuller."""
         with self.lock:
+            if any(each.is_closing for each in self._channels):
+                return None  # an engine is closed between batches, when nothing is under way
             # Who has waited longest is next, or it would wait for ever behind a busier one.
             due = (each for each in self._by_age() if each.queue.due_in_s() == 0)
             channel = None if self._closing else next(due, None)

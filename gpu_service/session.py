@@ -99,7 +99,7 @@ class Host(Protocol):
 
 
 class Session(asyncio.Protocol):
-    """Serves one connection; a `service.Caller`."""
+    """Serves one connection; a `connection.Caller`."""
 
     # There may be tens of thousands; and beyond 30 attributes Python looks them up slowly.
     __slots__ = (
@@ -213,7 +213,7 @@ class Session(asyncio.Protocol):
         """Cut the connection off."""
         self._transport.abort()
 
-    # ------------------------------------------------------------------ service.Caller
+    # ------------------------------------------------------------------ connection.Caller
 
     @property
     def request_id(self) -> str:

@@ -498,6 +498,27 @@ async def test_a_model_that_is_removed_finishes_what_is_queued_and_is_closed(ben
     await bench.until(lambda: 9 in bench.results)
 
 
+async def test_a_removed_model_does_not_stay_for_as_long_as_another_is_busy(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = bench.add(Closing())
+    await bench.make_busy()
+    for x in range(1, 9):
+        bench.submit(x)
+    seen: list[bool] = []
+    run = bench.engine.run
+
+    def noting(requests: Sequence[Tensors]) -> BatchOutput:
+        seen.append(other.engine.closed.is_set())
+        return run(requests)
+
+    monkeypatch.setattr(bench.engine, "run", noting)
+    bench.dispatcher.remove(other.channel)
+    bench.engine.open.set()
+    await bench.until(lambda: len(bench.results) == 9)
+    assert seen == [True, True]
+
+
 async def test_an_idle_model_is_closed_at_once(bench: Bench) -> None:
     other = bench.add(Closing())
     bench.dispatcher.remove(other.channel)
