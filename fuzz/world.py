@@ -17,7 +17,15 @@ import numpy
 
 from gpu_service.bundle import TensorSpec
 from gpu_service.connection import Connection, InFlight
-from gpu_service.dispatch import BatchOutput, Dispatcher, Engine, Limits, Stream, Tensors
+from gpu_service.dispatch import (
+    BatchOutput,
+    Dispatcher,
+    Engine,
+    Limits,
+    Stream,
+    Tensors,
+    _Batch,
+)
 from gpu_service.metrics import Metrics
 from gpu_service.protocol import (
     Failure,
@@ -317,19 +325,23 @@ class World:
     def launch(self) -> bool:
         """Launch the next batch; False if there is none."""
         with self._dispatcher.lock:
-            for channel in self._dispatcher._by_age():
-                if tickets := channel.queue.take():
-                    break
-            else:
+            batch = self._dispatcher._pop_ahead() or self._take()
+            if batch is None:
                 self._close_engines()
                 return False
-        self._launched.append(self._dispatcher._launch(channel, tickets))
+        self._launched.append(self._dispatcher._launch(batch))
         return True
+
+    def _take(self) -> _Batch[InFlight] | None:
+        for channel in self._dispatcher._by_age():
+            if tickets := channel.queue.take():
+                return _Batch(channel, tickets)
+        return None
 
     def _close_engines(self) -> None:
         for channel in list(self._dispatcher._channels):
             runs = any(launched.channel is channel for launched in self._launched)
-            if channel.is_closing and not channel.queue.samples and not runs:
+            if channel in self._dispatcher._ended() and not runs:
                 self._dispatcher._channels.remove(channel)
                 channel.engine.close()
 

@@ -309,8 +309,13 @@ class Queue(Generic[T]):
             if ticket.stream is not None:
                 self._follow(ticket.stream)
 
+    @property
+    def batch_s(self) -> float:
+        """What a full batch takes, about; 0 as long as that is not known."""
+        return self._seconds_per_sample * self._good_batch
+
     def finished(self, *, samples: int, duration_s: float) -> None:
-        """Learn how fast the device is, for the hint that goes with a refusal."""
+        """Learn how fast the device is."""
         pace = duration_s / samples
         old = self._seconds_per_sample
         self._seconds_per_sample = old + _SMOOTHING * (pace - old) if old else pace

@@ -12,7 +12,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
@@ -26,6 +26,11 @@ Tensors = Mapping[str, NDArray[Any]]
 
 # So many batches in a row of which nothing succeeded make the device suspect.
 _SUSPICIOUS_BATCHES = 3
+
+# Where batches are quick, the event loop takes the next one while one runs: the device would have
+# to wait for it. Where they are slow, that gains nothing, and more urgent requests would wait for
+# a batch more.
+_TAKEN_AHEAD_BELOW_S = 0.02
 
 
 class BrokenError(Exception):
@@ -269,18 +274,19 @@ class Channel(Generic[W]):
         """How many samples wait for the device."""
         return self.queue.samples
 
-    def left(self, batch: FinishedBatch[W]) -> None:
+    def left(self, tickets: Sequence[Ticket[W]]) -> None:
         """A batch has left the device. Called with the lock held, by the inference thread."""
-        tickets = [outcome.ticket for outcome in batch.outcomes]
         self.queue.left(tickets)
-        if batch.infer_s:
-            duration_s = batch.input_s + batch.infer_s + batch.output_s
-            self.queue.finished(samples=batch.samples, duration_s=duration_s)
         self._free_places([ticket.stream for ticket in tickets])
 
-    def deliver(self, batch: FinishedBatch[W]) -> None:
-        """Report a batch. Called on the event loop."""
+    def deliver(self, ran: "_Batch[W]") -> None:
+        """Report a batch that has run. Called on the event loop."""
+        batch = ran.finished()
         with self._lock:
+            self._dispatcher.take_ahead()
+            if batch.infer_s:
+                duration_s = batch.input_s + batch.infer_s + batch.output_s
+                self.queue.finished(samples=batch.samples, duration_s=duration_s)
             wanted = [
                 outcome for outcome in batch.outcomes if outcome.ticket.state is State.RUNNING
             ]
@@ -313,16 +319,50 @@ class Channel(Generic[W]):
                 self._free_slots.append(stream.slot)
 
 
-class _Launched(Generic[W]):
-    """A batch on the device."""
+class _Batch(Generic[W]):
+    """What was taken from a queue to run together.
 
-    __slots__ = ("channel", "result", "samples", "tickets")
+    `result` waits for its end, once it is on the device; `outcome` is what it came to.
+    """
+
+    __slots__ = ("channel", "outcome", "requests", "result", "samples", "streams", "tickets")
 
     def __init__(self, channel: Channel[W], tickets: list[Ticket[W]]) -> None:
         self.channel = channel
         self.tickets = tickets
-        self.samples = sum(ticket.samples for ticket in tickets)
+        self.samples = sum([ticket.samples for ticket in tickets])
+        self.requests = [ticket.payload.inputs for ticket in tickets]
+        self.streams = [ticket.payload.stream for ticket in tickets]
         self.result: Callable[[], BatchOutput] = lambda: BatchOutput(outputs={})
+        self.outcome: BatchOutput | FinishedBatch[W] = BatchOutput(outputs={})
+
+    @property
+    def failed(self) -> bool:
+        """Whether nothing of it succeeded."""
+        outcome = self.outcome
+        return isinstance(outcome, FinishedBatch) and all(
+            isinstance(each.whole, BaseException) for each in outcome.outcomes
+        )
+
+    def finished(self) -> FinishedBatch[W]:
+        """What became of each request. Not asked for by the inference thread if all is well: the
+        device waits for it.
+        """
+        outcome = self.outcome
+        if isinstance(outcome, FinishedBatch):
+            return outcome
+        outcomes = []
+        start = 0
+        for ticket in self.tickets:
+            outcomes.append(Outcome(ticket, outcome.outputs, start))
+            start += ticket.samples
+        return FinishedBatch(
+            outcomes=outcomes,
+            samples=self.samples,
+            input_s=outcome.input_s,
+            infer_s=outcome.infer_s,
+            output_s=outcome.output_s,
+        )
 
 
 class Dispatcher(Generic[W]):
@@ -347,6 +387,8 @@ class Dispatcher(Generic[W]):
         self._pinged = False
         self._beats = 0
         self._flush_scheduled = False
+        self._is_idle = False  # the thread waits for work
+        self._ahead: _Batch[W] | None = None  # taken by the event loop, to be run next
         self._loop: asyncio.AbstractEventLoop | None = None
         self._on_broken: Callable[[BrokenError], None] = lambda error: None
         self._broken: BrokenError | None = None
@@ -412,40 +454,56 @@ class Dispatcher(Generic[W]):
     def _flush(self) -> None:
         self._flush_scheduled = False
         with self.lock:
-            self._changed.notify()
+            if self._is_idle:
+                self._changed.notify()
+            else:
+                self.take_ahead()
+
+    def take_ahead(self) -> None:
+        """Take a full batch while another one runs. Called with the lock held."""
+        if self._ahead is not None or self._closing:
+            return
+        # Who has waited longest is next, or it would wait for ever behind a busier one.
+        channel = next(self._due(), None)
+        if channel is None or not channel.queue.has_full_batch():
+            return
+        if 0 < channel.queue.batch_s < _TAKEN_AHEAD_BELOW_S and (tickets := channel.queue.take()):
+            self._ahead = _Batch(channel, tickets)
 
     # -------------------------------------------------------------------- inference thread
 
     def _main(self) -> None:
         self._on_thread()
-        under_way: deque[_Launched[W]] = deque()
+        under_way: deque[_Batch[W]] = deque()
         while True:
             launched = self._stage() if under_way else self._await_work()
             if launched is not None:
                 under_way.append(launched)
-                if launched.channel.engine.overlaps and len(under_way) == 1:
+                is_first = launched.channel.engine.overlaps and len(under_way) == 1
+                launched = None  # or this thread would free it, while the device waits
+                if is_first:
                     continue
             if not under_way:
                 return
             self._finish(under_way.popleft())
 
-    def _finish(self, launched: _Launched[W]) -> None:
-        channel = launched.channel
+    def _finish(self, batch: _Batch[W]) -> None:
+        channel = batch.channel
         try:
-            batch = _result(launched, beat=self._beat)
+            batch.outcome = _outcome(batch, beat=self._beat)
         except Exception as error:  # a bug here must not end all service
             logs.error("inference_thread_error", cause=error)
-            batch = _failed(launched.tickets, error)
-        with self.lock:
-            channel.left(batch)
+            batch.outcome = _failed(batch.tickets, error)
+        if channel.engine.max_streams:
+            with self.lock:
+                channel.left(batch.tickets)
         self._call(channel.deliver, batch)
-        if batch.outcomes:
-            self._suspect(channel, batch)
+        self._suspect(batch)
 
-    def _suspect(self, channel: Channel[W], batch: FinishedBatch[W]) -> None:
+    def _suspect(self, batch: _Batch[W]) -> None:
         """Look whether it is the device that fails, once nothing succeeds any more."""
-        failed = all(isinstance(each.whole, BaseException) for each in batch.outcomes)
-        channel.in_vain = channel.in_vain + 1 if failed else 0
+        channel = batch.channel
+        channel.in_vain = channel.in_vain + 1 if batch.failed else 0
         if channel.in_vain < _SUSPICIOUS_BATCHES or self._broken is not None:
             return
         channel.in_vain = 0
@@ -454,48 +512,73 @@ class Dispatcher(Generic[W]):
         if self._broken is not None:
             self._call(self._on_broken, self._broken)
 
-    def _await_work(self) -> _Launched[W] | None:
+    def _await_work(self) -> _Batch[W] | None:
         """The next batch, launched as soon as one is due; None when closing."""
         while True:
             with self.lock:
-                work, closed = self._next()
+                batch, closed = self._next()
             # Outside the lock: closing an engine may take a while.
             for channel in closed:
                 _close(channel.engine)
-            if work is not None:
-                return self._launch(*work)
+            if batch is not None:
+                return self._launch(batch)
             if not closed:
                 return None
 
-    def _next(self) -> tuple[tuple[Channel[W], list[Ticket[W]]] | None, list[Channel[W]]]:
+    def _next(self) -> tuple[_Batch[W] | None, list[Channel[W]]]:
         """What to run next, and the channels that have come to their end; neither if closing."""
         while not self._closing:
             if self._pinged:
                 self._pinged = False
                 self._beats += 1
             # First, or the engines of removed models would stay for as long as others are busy.
-            ended = [each for each in self._channels if each.is_closing and not each.queue.samples]
-            if ended:
+            if ended := self._ended():
                 self._channels = [each for each in self._channels if each not in ended]
                 return None, ended
+            if (batch := self._pop_ahead()) is not None:
+                return batch, []
             for channel in self._by_age():
                 if tickets := channel.queue.take():
-                    return (channel, tickets), []
+                    return _Batch(channel, tickets), []
+            self._is_idle = True
             self._changed.wait(self._due_in_s())
+            self._is_idle = False
         return None, []
 
-    def _stage(self) -> _Launched[W] | None:
+    def _ended(self) -> list[Channel[W]]:
+        """Channels that were removed and have nothing left to run."""
+        ahead = None if self._ahead is None else self._ahead.channel
+        return [
+            each
+            for each in self._channels
+            if each.is_closing and not each.queue.samples and each is not ahead
+        ]
+
+    def _pop_ahead(self) -> _Batch[W] | None:
+        batch, self._ahead = self._ahead, None
+        return batch
+
+    def _stage(self) -> _Batch[W] | None:
         """A second batch, behind the one that runs, if waiting would not make it any fuller."""
         with self.lock:
             if any(each.is_closing for each in self._channels):
                 return None  # an engine is closed between batches, when nothing is under way
-            # Who has waited longest is next, or it would wait for ever behind a busier one.
-            due = (each for each in self._by_age() if each.queue.due_in_s() == 0)
-            channel = None if self._closing else next(due, None)
-            if channel is None or not channel.engine.overlaps or not channel.queue.has_full_batch():
-                return None
-            tickets = channel.queue.take()
-        return self._launch(channel, tickets) if tickets else None
+            if self._ahead is not None:
+                batch = self._pop_ahead() if self._ahead.channel.engine.overlaps else None
+            else:
+                batch = self._take_full()
+        return None if batch is None else self._launch(batch)
+
+    def _take_full(self) -> _Batch[W] | None:
+        # Who has waited longest is next, or it would wait for ever behind a busier one.
+        channel = None if self._closing else next(self._due(), None)
+        if channel is None or not channel.engine.overlaps or not channel.queue.has_full_batch():
+            return None
+        tickets = channel.queue.take()
+        return _Batch(channel, tickets) if tickets else None
+
+    def _due(self) -> Iterator[Channel[W]]:
+        return (each for each in self._by_age() if each.queue.due_in_s() == 0)
 
     def _by_age(self) -> list[Channel[W]]:
         """The models' queues, the one that has waited longest first."""
@@ -512,16 +595,15 @@ class Dispatcher(Generic[W]):
         dues = [channel.queue.due_in_s() for channel in self._channels]
         return min((due for due in dues if due is not None), default=None)
 
-    def _launch(self, channel: Channel[W], tickets: list[Ticket[W]]) -> _Launched[W]:
-        launched = _Launched(channel, tickets)
+    def _launch(self, batch: _Batch[W]) -> _Batch[W]:
         if self._broken is not None:
-            launched.result = _raiser(self._broken)
-            return launched
+            batch.result = _raiser(self._broken)
+            return batch
         try:
-            launched.result = _launch(channel.engine, tickets)
+            batch.result = batch.channel.engine.launch(batch.requests, batch.streams)
         except BaseException as error:  # whatever a model raises, SystemExit too, is its request's
-            launched.result = _raiser(error)
-        return launched
+            batch.result = _raiser(error)
+        return batch
 
     def _beat(self) -> None:
         self._beats += 1
@@ -559,51 +641,35 @@ def _broken(engine: Engine) -> BrokenError | None:
     return None
 
 
-def _launch(engine: Engine, tickets: Sequence[Ticket[W]]) -> Callable[[], BatchOutput]:
-    works = [ticket.payload for ticket in tickets]
-    return engine.launch([work.inputs for work in works], [work.stream for work in works])
-
-
-def _result(launched: _Launched[W], *, beat: Callable[[], None]) -> FinishedBatch[W]:
-    """What became of a batch; if it failed, of each alone, so that only the culprit fails."""
-    tickets = launched.tickets
+def _outcome(batch: _Batch[W], *, beat: Callable[[], None]) -> BatchOutput | FinishedBatch[W]:
+    """What a batch came to; if it failed, what each alone did, so that only the culprit fails."""
     try:
-        output = _checked(launched.result(), launched.samples)
+        output = _checked(batch.result(), batch.samples)
     except BaseException as error:
         beat()
-        if len(tickets) == 1 or isinstance(error, BrokenError):
-            return _failed(tickets, error)
-        return _run_alone(launched, beat=beat)
+        if len(batch.tickets) == 1 or isinstance(error, BrokenError):
+            return _failed(batch.tickets, error)
+        return _run_alone(batch, beat=beat)
     beat()
-    outcomes = []
-    start = 0
-    for ticket in tickets:
-        outcomes.append(Outcome(ticket, output.outputs, start))
-        start += ticket.samples
-    return FinishedBatch(
-        outcomes=outcomes,
-        samples=launched.samples,
-        input_s=output.input_s,
-        infer_s=output.infer_s,
-        output_s=output.output_s,
-    )
+    return output
 
 
-def _run_alone(launched: _Launched[W], *, beat: Callable[[], None]) -> FinishedBatch[W]:
+def _run_alone(batch: _Batch[W], *, beat: Callable[[], None]) -> FinishedBatch[W]:
     parts = []
-    for ticket in launched.tickets:
-        alone = _Launched(launched.channel, [ticket])
+    for ticket in batch.tickets:
+        alone = _Batch(batch.channel, [ticket])
         if ticket.state is State.RUNNING:
             try:
-                alone.result = _launch(launched.channel.engine, [ticket])
+                alone.result = alone.channel.engine.launch(alone.requests, alone.streams)
             except BaseException as error:
                 alone.result = _raiser(error)
         else:  # cancelled meanwhile: it costs nothing more
             alone.result = _raiser(asyncio.CancelledError())
-        parts.append(_result(alone, beat=beat))
+        alone.outcome = _outcome(alone, beat=beat)
+        parts.append(alone.finished())
     return FinishedBatch(
         outcomes=[outcome for part in parts for outcome in part.outcomes],
-        samples=launched.samples,
+        samples=batch.samples,
         input_s=sum(part.input_s for part in parts),
         infer_s=sum(part.infer_s for part in parts),
         output_s=sum(part.output_s for part in parts),

@@ -241,11 +241,13 @@ class TorchEngine:
             self.run([self._example(size)])
         if self._cuda is not None and self._hosts:
             self._capture()
-        seconds = {}
-        for size in buckets(self._max_batch):
-            batch = [self._example(size)]
-            seconds[size] = min(self.run(batch).infer_s for _ in range(_TIMED_RUNS)) + _HAND_OVER_S
-        self._good_batch = good_batch(seconds)
+        # In turns, or a machine that is slower for a moment would decide.
+        sizes = list(buckets(self._max_batch))
+        turns = [[self.run([self._example(n)]).infer_s for n in sizes] for _ in range(_TIMED_RUNS)]
+        fastest = map(min, zip(*turns, strict=True))
+        self._good_batch = good_batch(
+            {n: duration + _HAND_OVER_S for n, duration in zip(sizes, fastest, strict=True)}
+        )
 
     def outputs_of(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Outputs [n, …] by name for inputs [n, …] by name, n of any size."""

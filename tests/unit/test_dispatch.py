@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -50,6 +51,7 @@ class Doubling(Engine):
         self.error: BaseException = RuntimeError("poisoned")
         self.is_broken = False
         self.checks = 0
+        self.infer_s = 0.001
         self.closed = threading.Event()
 
     def check(self) -> None:
@@ -66,7 +68,7 @@ class Doubling(Engine):
             raise OSError("out of order")
         if (x == 666).any():
             raise self.error
-        return BatchOutput(outputs={"y": 2 * x}, infer_s=0.001)
+        return BatchOutput(outputs={"y": 2 * x}, infer_s=self.infer_s)
 
 
 class Stateful(Doubling):
@@ -239,6 +241,70 @@ async def test_requests_gather_while_the_engine_is_busy(bench: Bench) -> None:
     bench.engine.open.set()
     await bench.until(lambda: len(bench.results) == 6)
     assert bench.engine.batches == [[1], [2, 3, 4, 5], [6]]
+
+
+async def busy_with_four_more(bench: Bench, *, infer_s: float = 0.001) -> list[Ticket[Work]]:
+    """The device is known to take so long for a sample, and is busy; a full batch waits."""
+    bench.engine.infer_s = infer_s
+    bench.submit(100)
+    await bench.until(lambda: 100 in bench.results)
+    await until_running(bench.engine)
+    await bench.make_busy()
+    tickets = [bench.submit(x) for x in (1, 2, 3, 4)]
+    await asyncio.sleep(0)
+    return tickets
+
+
+async def test_a_quick_device_finds_its_next_batch_taken(bench: Bench) -> None:
+    await busy_with_four_more(bench)
+    assert bench.channel.queued_samples == 0
+    assert bench.engine.batches == [[100], [0]]
+    urgent = bench.submit(5, priority=9)
+    await asyncio.sleep(0)
+    assert urgent.state is State.QUEUED
+    bench.engine.open.set()
+    await bench.until(lambda: 5 in bench.results)
+    assert bench.engine.batches == [[100], [0], [1, 2, 3, 4], [5]]
+
+
+async def test_what_a_slow_device_runs_next_is_open_until_it_is_free(bench: Bench) -> None:
+    await busy_with_four_more(bench, infer_s=1.0)
+    assert bench.channel.queued_samples == 4
+    bench.submit(5, priority=9)
+    await asyncio.sleep(0)
+    bench.engine.open.set()
+    await bench.until(lambda: len(bench.results) == 7)
+    assert bench.engine.batches == [[100], [0], [5, 1, 2, 3], [4]]
+
+
+async def test_a_batch_that_is_not_full_is_not_taken_ahead(bench: Bench) -> None:
+    bench.submit(100)
+    await bench.until(lambda: 100 in bench.results)
+    await until_running(bench.engine)
+    await bench.make_busy()
+    for x in (1, 2, 3):
+        bench.submit(x)
+    await asyncio.sleep(0)
+    assert bench.channel.queued_samples == 3
+
+
+async def test_what_was_taken_ahead_and_cancelled_is_not_delivered(bench: Bench) -> None:
+    tickets = await busy_with_four_more(bench)
+    assert bench.channel.cancel(tickets[1])
+    bench.engine.open.set()
+    await bench.until(lambda: 4 in bench.results)
+    assert bench.results == {100: [200], 0: [0], 1: [2], 3: [6], 4: [8]}
+
+
+async def test_the_next_one_is_taken_when_a_batch_is_delivered(bench: Bench) -> None:
+    await busy_with_four_more(bench)  # a batch runs, and one was taken
+    for x in range(5, 13):
+        bench.submit(x)
+    await asyncio.sleep(0)
+    assert bench.channel.queued_samples == 8
+    bench.engine.open.set()
+    await bench.until(lambda: 12 in bench.results)
+    assert bench.engine.batches[2:] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]]
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), MemoryError(), SystemExit(1)])
@@ -517,6 +583,17 @@ async def test_a_removed_model_does_not_stay_for_as_long_as_another_is_busy(
     bench.engine.open.set()
     await bench.until(lambda: len(bench.results) == 9)
     assert seen == [True, True]
+
+
+async def test_a_removed_model_runs_what_was_taken_ahead() -> None:
+    with contextlib.closing(Bench(Closing())) as bench:
+        await busy_with_four_more(bench)
+        assert not bench.channel.queued_samples
+        bench.dispatcher.remove(bench.channel)
+        bench.engine.open.set()
+        await until_closed(bench.engine)
+        await bench.until(lambda: 4 in bench.results)
+        assert bench.results[4] == [8]
 
 
 async def test_an_idle_model_is_closed_at_once(bench: Bench) -> None:
