@@ -171,6 +171,7 @@ class Queue(Generic[T]):
         self._max_delay_s = max_delay_s
         self._clock = clock
         self._good_batch = max_batch
+        self._best_batch = max_batch
         self._groups: dict[Hashable, _Group[T]] = {}
         # Of each stream with a ticket that is eligible or runs: those that come after it.
         self._followers: dict[Hashable, OrderedDict[Ticket[T], None]] = {}
@@ -182,13 +183,15 @@ class Queue(Generic[T]):
         """How many samples are queued."""
         return self._samples
 
-    def aim_at(self, samples: int) -> None:
-        """Gather batches of `samples`, because larger ones gain nothing on this device.
+    def aim_at(self, good: int, *, best: int) -> None:
+        """Gather batches of `good` samples, because larger ones gain little on this device.
 
         What more there is then waits for the next batch, which the device finds ready while
-        this one's answers are on their way. A single request may still have `max_batch`.
+        this one's answers are on their way. Where twice `best` samples wait, that is so with
+        batches of `best` as well. A single request may still have `max_batch`.
         """
-        self._good_batch = min(samples, self._max_batch)
+        self._good_batch = min(good, self._max_batch)
+        self._best_batch = min(best, self._max_batch)
 
     def offer(
         self,
@@ -285,7 +288,7 @@ class Queue(Generic[T]):
         now = self._clock()
         batch: list[Ticket[T]] = []
         groups: Iterable[_Group[T]] = self._groups.values()
-        room = self._good_batch
+        room = self._aim()
         while (ticket := _first(groups, now)) is not None:
             if ticket.expires_at <= now:
                 self._drop(ticket)
@@ -302,6 +305,9 @@ class Queue(Generic[T]):
             ticket.move(State.RUNNING)
             batch.append(ticket)
         return batch
+
+    def _aim(self) -> int:
+        return self._best_batch if self._samples >= 2 * self._best_batch else self._good_batch
 
     def left(self, tickets: Iterable[Ticket[T]]) -> None:
         """These have left the device, however they ended: what comes after them may run."""

@@ -98,7 +98,12 @@ class Engine(Protocol):
 
     @property
     def good_batch(self) -> int:
-        """Samples beyond which larger batches hardly gain anything; fixed. 0: not known."""
+        """Samples beyond which larger batches gain little; fixed. 0: not known."""
+        return 0
+
+    @property
+    def best_batch(self) -> int:
+        """Samples of the batch that is the fastest a sample; fixed. 0: not known."""
         return 0
 
     @property
@@ -200,7 +205,7 @@ class Channel(Generic[W]):
             clock=dispatcher.clock,
         )
         if engine.good_batch:
-            self.queue.aim_at(engine.good_batch)
+            self.queue.aim_at(engine.good_batch, best=engine.best_batch)
         self.is_closing = False
         self._free_slots = list(reversed(range(engine.max_streams)))
         self._leaving: set[Stream] = set()

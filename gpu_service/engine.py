@@ -8,6 +8,7 @@ The only module of the service that imports torch.
 import contextlib
 import functools
 import itertools
+import math
 import os
 import time
 import warnings
@@ -27,15 +28,20 @@ from gpu_service.signature import DYNAMIC, ModelInfo, shape_fits
 # A batch of inputs up to this size is copied in one go, with the GIL held for some 100 µs at most.
 _JOINED_BYTES = 1 << 20
 
-# Of each size of batch in the warm-up; the fastest one counts.
+# Of each size of batch in the warm-up; the fastest one counts. Fewer where they take long.
 _TIMED_RUNS = 5
+_TIMED_S = 3.0
 
 # What a batch costs beside its run: to be taken, handed over and waited for. Without it, the
 # choice of a good size would be between a large batch and twice the hand-overs for nothing.
 _HAND_OVER_S = 0.0002
 
-# How much longer a sample may take in a batch that is called good.
-_GOOD_ENOUGH = 1.1
+# The share of a batch's time that the fused form may take at most, for it has weights of its own.
+_WORTH_FUSING = 0.95
+
+# How much longer a sample may take in a batch that is called good. More is lost when all that
+# clients have sent is in one batch, and the device waits until all of it has been answered.
+_GOOD_ENOUGH = 1.2
 
 # On a GPU one batch runs while the next one is copied, so each needs host buffers of its own.
 _UNDER_WAY = 2
@@ -112,6 +118,7 @@ class _Graph:
 class TorchEngine:
     """Runs `network`, as `models.load_model` returns it, in batches of up to `max_batch` samples.
 
+    `fused` is another form of the same network, for batches in which the warm-up finds it faster.
     `max_streams` sequences may hold state, in rows of tensors on the device: one gather before
     a batch, one scatter after it. `examples` are inputs [n, …] by name, needed for a model with
     dynamic dimensions, whose warm-up takes their sizes. An `Engine`.
@@ -126,13 +133,17 @@ class TorchEngine:
         max_batch: int,
         max_streams: int = 0,
         examples: Tensors | None = None,
+        fused: torch.nn.Module | None = None,
     ) -> None:
         self._network = network.to(device)
+        self._fused = fused
+        self._fused_from: float = math.inf
         self._info = info
         self._device = device
         self._max_batch = max_batch
         self._examples = examples or {}
         self._good_batch = max_batch
+        self._best_batch = max_batch
         self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._graphs: dict[int, _Graph] = {}
         self._hosts: list[_Host] = []
@@ -162,8 +173,13 @@ class TorchEngine:
 
     @property
     def good_batch(self) -> int:
-        """Samples beyond which larger batches hardly gained anything in the warm-up."""
+        """Samples beyond which larger batches gained little in the warm-up."""
         return self._good_batch
+
+    @property
+    def best_batch(self) -> int:
+        """Samples of the batch that was the fastest a sample in the warm-up."""
+        return self._best_batch
 
     @property
     def max_streams(self) -> int:
@@ -181,6 +197,11 @@ class TorchEngine:
         return sum(state.nbytes for state in self._state)
 
     @property
+    def fused_from(self) -> int | None:
+        """Samples from which the fused form is the faster one; None if it never is."""
+        return None if self._fused_from == math.inf else int(self._fused_from)
+
+    @property
     def graphs(self) -> int:
         """How many sizes of batch run as CUDA graphs."""
         return len(self._graphs)
@@ -192,7 +213,7 @@ class TorchEngine:
     def close(self) -> None:
         """Give the memory back."""
         self._graphs.clear()
-        self._network = torch.nn.Identity()
+        self._network = self._fused = torch.nn.Identity()
         for buffers in (self._state, self._state_in, self._on_device, self._hosts):
             buffers.clear()
         if self._cuda is not None:
@@ -235,19 +256,40 @@ class TorchEngine:
         """Run each bucket, so that no client waits for kernels to be chosen or loaded.
 
         On a GPU each becomes a CUDA graph, where the model allows it. What a batch takes tells
-        which size is good enough.
+        which size is good enough, and from which one the fused form is the faster one.
         """
-        for size in reversed(buckets(self._max_batch)):
+        sizes = buckets(self._max_batch)
+        for size in reversed(sizes):
             self.run([self._example(size)])
         if self._cuda is not None and self._hosts:
             self._capture()
-        # In turns, or a machine that is slower for a moment would decide.
-        sizes = list(buckets(self._max_batch))
-        turns = [[self.run([self._example(n)]).infer_s for n in sizes] for _ in range(_TIMED_RUNS)]
-        fastest = map(min, zip(*turns, strict=True))
-        self._good_batch = good_batch(
-            {n: duration + _HAND_OVER_S for n, duration in zip(sizes, fastest, strict=True)}
-        )
+        plain, fused = self._timed(sizes)
+        if fused:
+            self._fused_from = fused_from(plain, fused)
+        seconds = {n: (fused if n >= self._fused_from else plain)[n] + _HAND_OVER_S for n in sizes}
+        self._good_batch = good_batch(seconds)
+        self._best_batch = min(sizes, key=lambda size: seconds[size] / size)
+        if self._fused_from == math.inf:
+            self._fused = None  # with its copy of the weights
+
+    def _timed(self, sizes: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
+        """Seconds of a batch by size, of the network and of its fused form if there is one.
+
+        In turns, or a machine that is slower for a moment would decide.
+        """
+        plain: dict[int, float] = {}
+        fused: dict[int, float] = {}
+        forms = [(math.inf, plain)] if self._fused is None else [(math.inf, plain), (0, fused)]
+        started = time.perf_counter()
+        for _ in range(_TIMED_RUNS):
+            for self._fused_from, seconds in forms:
+                for size in reversed(sizes):
+                    duration_s = self.run([self._example(size)]).infer_s
+                    seconds[size] = min(duration_s, seconds.get(size, math.inf))
+            if time.perf_counter() - started > _TIMED_S:
+                break
+        self._fused_from = math.inf
+        return plain, fused
 
     def outputs_of(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Outputs [n, …] by name for inputs [n, …] by name, n of any size."""
@@ -352,7 +394,9 @@ class TorchEngine:
                 torch.index_select(state, 0, rows, out=buffer[:size])
         elif rows is not None:
             states = [state.index_select(0, rows) for state in self._state]
-        results = graph.replay() if graph else _as_tuple(self._network(*batch, *states))
+        network = self._network if size < self._fused_from else self._fused
+        assert network is not None
+        results = graph.replay() if graph else _as_tuple(network(*batch, *states))
         expected = len(self._info.outputs) + len(self._state)
         if len(results) != expected:
             raise ValueError(
@@ -465,9 +509,9 @@ def open_bundle(
     samples = bundle.load_samples(path)
     if precision == BF16:
         network = _Rounded(network, info, device)
-    traced = None
+    traced = fused = None
     if device.type == "cpu" and not _is_dynamic(info):
-        traced = _traced(network, info, max_batch=max_batch)
+        traced, fused = _traced(network, info, max_batch=max_batch)
     engine = TorchEngine(
         network if traced is None else traced,
         info=info,
@@ -475,6 +519,7 @@ def open_bundle(
         max_batch=max_batch,
         max_streams=max_streams,
         examples=golden.inputs_of(samples),
+        fused=fused,
     )
     engine.warm_up()
     comparison = engine.self_test(samples, precision=precision)
@@ -488,7 +533,9 @@ def open_bundle(
         classes_differ=comparison.classes_differ,
         samples=len(next(iter(samples.values()))),
         forward="traced" if traced is not None else "graphs" if engine.graphs else "module",
+        fused_from=engine.fused_from,
         good_batch=engine.good_batch,
+        best_batch=engine.best_batch,
         state_bytes=engine.state_bytes,
         **engine.description,
     )
@@ -528,16 +575,20 @@ class _Rounded(torch.nn.Module):
         )
 
 
-def _traced(network: torch.nn.Module, info: ModelInfo, *, max_batch: int) -> torch.nn.Module | None:
-    """The same network as one call; None where that may not be the same.
+def _traced(
+    network: torch.nn.Module, info: ModelInfo, *, max_batch: int
+) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
+    """The same network as one call, and the same with fused kernels: convolutions and what
+    follows them, with weights laid out for them. None where that may not be the same.
 
     A module gives the GIL away and wants it back around each operation, and the event loop has it
-    then: on a CPU its clients see a quarter less of what the device can do. The trace lives in
-    this process only. Whatever depends on values, or on the size of a batch, can't be traced.
+    then: on a CPU its clients see a quarter less of what the device can do. Both live in this
+    process only. Whatever depends on values, or on the size of a batch, can't be traced.
     """
     sizes = sorted({max_batch, min(2, max_batch), 1}, reverse=True)
     specs = (*info.inputs, *info.state)
     examples = [[_random(spec, size) for spec in specs] for size in sizes]
+    forms: list[torch.nn.Module] = []
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", DeprecationWarning)  # nothing else is as quick to load
@@ -545,13 +596,18 @@ def _traced(network: torch.nn.Module, info: ModelInfo, *, max_batch: int) -> tor
             trace = torch.jit.trace(  # type: ignore[no-untyped-call]
                 network, tuple(examples[0]), check_trace=False
             )
-            traced: torch.nn.Module = torch.jit.freeze(trace)
-            for example in examples:
-                torch.testing.assert_close(traced(*example), network(*example))
+            for form in (torch.jit.freeze, torch.jit.optimize_for_inference):
+                # Other kernels add up in another order.
+                rtol, atol = (1e-4, 1e-5) if forms else (None, None)
+                made = form(trace)
+                for each in examples:
+                    torch.testing.assert_close(made(*each), network(*each), rtol=rtol, atol=atol)
+                forms.append(made)
     except Exception as error:
-        logs.info("not_traced", reason=f"{type(error).__name__}: {error}"[:300])
-        return None
-    return traced
+        what = "not_fused" if forms else "not_traced"
+        logs.info(what, reason=f"{type(error).__name__}: {error}"[:300])
+    traced, fused = (*forms, None, None)[:2]
+    return traced, fused
 
 
 def choose_device(device: str) -> torch.device:
@@ -572,6 +628,19 @@ def buckets(max_batch: int) -> list[int]:
     """The batch sizes of a GPU, which likes few fixed ones: powers of two, and the last."""
     sizes = [1 << power for power in range(max_batch.bit_length())]
     return sizes if sizes[-1] == max_batch else [*sizes, max_batch]
+
+
+def fused_from(plain: Mapping[int, float], fused: Mapping[int, float]) -> float:
+    """The size of a batch from which all are faster with the fused form; infinity for none.
+
+    Seconds of a run by size.
+    """
+    found = math.inf
+    for size in sorted(plain, reverse=True):
+        if fused[size] > plain[size] * _WORTH_FUSING:
+            break
+        found = size
+    return found
 
 
 def good_batch(seconds: Mapping[int, float]) -> int:

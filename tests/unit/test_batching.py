@@ -230,12 +230,21 @@ def test_what_has_started_in_time_does_not_expire(clock: Clock) -> None:
 
 def test_batches_are_of_the_size_aimed_at_but_a_large_request_still_runs(clock: Clock) -> None:
     queue = make(clock, max_batch=8)
-    queue.aim_at(2)
+    queue.aim_at(2, best=8)
     for name, samples in (("a", 1), ("b", 1), ("c", 1), ("d", 5)):
         queue.offer(name, samples=samples)
     assert payloads(queue.take()) == ["a", "b"]
     assert payloads(queue.take()) == ["c"]
     assert payloads(queue.take()) == ["d"]
+
+
+def test_where_two_of_the_best_batches_wait_they_are_of_that_size(clock: Clock) -> None:
+    queue = make(clock, max_batch=8)
+    queue.aim_at(2, best=4)
+    for name in "abcdefgh":
+        queue.offer(name, samples=1)
+    assert payloads(queue.take()) == ["a", "b", "c", "d"]
+    assert payloads(queue.take()) == ["e", "f"]
 
 
 @pytest.mark.parametrize(
@@ -507,13 +516,15 @@ class Reality(RuleBasedStateMachine):
         self.taken: list[Ticket[int]] = []
         self.offered = 0
 
-    @initialize(delay=st.sampled_from([0, 0.5]), good=st.sampled_from([2, 4]))
-    def begin(self, delay: float, good: int) -> None:
-        self.delay, self.good = delay, good
+    @initialize(
+        delay=st.sampled_from([0, 0.5]), sizes=st.sampled_from([(2, 2), (2, 3), (2, 4), (4, 4)])
+    )
+    def begin(self, delay: float, sizes: tuple[int, int]) -> None:
+        self.delay, (self.good, self.best) = delay, sizes
         self.queue: Queue[int] = Queue(
             max_batch=self.MAX_BATCH, max_queue=self.MAX_QUEUE, max_delay_s=delay, clock=self.clock
         )
-        self.queue.aim_at(good)
+        self.queue.aim_at(self.good, best=self.best)
 
     # -------------------------------------------------------------------- what may happen
 
@@ -585,22 +596,23 @@ class Reality(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         was_due = self.is_due()
+        queued = sum(each.ticket.samples for each in self.waiting)
+        room = self.best if queued >= 2 * self.best else self.good
         batch = self.queue.take()
         assert was_due or not batch
         if was_due:
-            self.judge(batch)
+            self.judge(batch, room)
         assert all(ticket.started_at == self.clock.now for ticket in batch)
         assert all(ticket.state is State.RUNNING for ticket in batch)
         assert len({ticket.key for ticket in batch}) <= 1
-        assert len(batch) <= 1 or sum(ticket.samples for ticket in batch) <= self.good
+        assert len(batch) <= 1 or sum(ticket.samples for ticket in batch) <= room
         self.taken += batch
         if batch:
             self.on_device.append(batch)
 
-    def judge(self, batch: list[Ticket[int]]) -> None:
+    def judge(self, batch: list[Ticket[int]], room: int) -> None:
         """Each was the next when it was taken, what had expired was dropped, and no more fitted."""
         rest = list(batch)
-        room = self.good
         while next_ := self.next_(batch[0].key if rest != batch else ...):
             if expired := [one for one in next_ if one.ticket.state is State.EXPIRED]:
                 assert expired[0].ticket.expires_at <= self.clock.now

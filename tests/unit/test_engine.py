@@ -1,5 +1,7 @@
 import json
+import math
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from gpu_service.engine import (
     buckets,
     choose_device,
     configure,
+    fused_from,
     good_batch,
     open_bundle,
 )
@@ -131,6 +134,7 @@ def test_warm_up_runs_every_bucket() -> None:
     engine.warm_up()
     assert sorted(set(module.sizes)) == [1, 2, 4, 6]
     assert engine.good_batch in (1, 2, 4, 6)
+    assert engine.good_batch <= engine.best_batch <= 6
 
 
 @pytest.mark.parametrize(
@@ -139,12 +143,52 @@ def test_warm_up_runs_every_bucket() -> None:
         ({1: 1.0, 2: 2.0, 4: 4.0}, 1),  # time grows with size
         ({1: 1.0, 2: 1.0, 4: 1.0}, 4),  # it does not at all
         ({1: 2.0, 2: 2.1, 4: 4.0, 8: 8.1}, 2),  # up to here it pays
+        ({1: 1.0, 2: 1.2, 4: 2.0, 8: 4.8}, 2),  # up to here it pays enough
     ],
 )
 def test_a_good_batch_is_the_smallest_that_is_as_fast_as_any(
     seconds: dict[int, float], good: int
 ) -> None:
     assert good_batch(seconds) == good
+
+
+@pytest.mark.parametrize(
+    ("fused", "size"),
+    [
+        ({1: 2.0, 2: 1.0, 4: 2.0}, 2),
+        ({1: 0.5, 2: 1.0, 4: 2.0}, 1),
+        ({1: 0.5, 2: 2.0, 4: 2.0}, 4),  # from there on, not up to there
+        ({1: 0.5, 2: 1.0, 4: 3.9}, math.inf),  # not worth weights of its own
+    ],
+)
+def test_the_fused_form_is_for_the_sizes_from_which_it_is_faster(
+    fused: dict[int, float], size: float
+) -> None:
+    assert fused_from({1: 1.0, 2: 2.0, 4: 4.0}, fused) == size
+
+
+def test_each_size_of_batch_runs_in_the_form_that_is_faster_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, fused = Module(lambda x: x + 1), Module(lambda x: x + 2)
+    engine = TorchEngine(plain, info=info(X), device=torch.device("cpu"), max_batch=4, fused=fused)
+    monkeypatch.setattr("gpu_service.engine.fused_from", lambda plain, fused: 2)
+    engine.warm_up()
+    assert engine.fused_from == 2
+    for samples, value in ((1, 1), (2, 2), (3, 2), (4, 2)):
+        outputs = engine.run([{"x": numpy.zeros((samples, 2), "<f4")}]).outputs["y"]
+        assert (outputs == value).all()
+
+
+def test_a_fused_form_that_is_never_faster_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, fused = Module(lambda x: x + 1), Module(lambda x: x + 2)
+    engine = TorchEngine(plain, info=info(X), device=torch.device("cpu"), max_batch=4, fused=fused)
+    freed = weakref.ref(fused)
+    monkeypatch.setattr("gpu_service.engine.fused_from", lambda plain, fused: math.inf)
+    engine.warm_up()
+    del fused
+    assert engine.fused_from is None
+    assert freed() is None
 
 
 def test_a_device_is_checked_with_a_sample_of_its_own() -> None:
@@ -257,15 +301,27 @@ class BySize(torch.nn.Module):
 
 
 def test_a_traced_network_answers_as_its_module() -> None:
-    traced = _traced(Plain().eval(), info(X), max_batch=4)
+    traced, fused = _traced(Plain().eval(), info(X), max_batch=4)
     assert traced is not None
+    assert fused is not None
     x = torch.rand(3, 2)
     assert torch.equal(traced(x), 2 * x)
+    assert torch.equal(fused(x), 2 * x)
+
+
+def test_a_fused_convolution_answers_as_its_module() -> None:
+    spec = TensorSpec(name="x", datatype="FP32", shape=(1, 8, 8))
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
+    _, fused = _traced(module.eval(), info(spec), max_batch=4)
+    assert fused is not None
+    x = torch.rand(3, 1, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), module(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("module", [ByValue(), BySize()])
 def test_what_depends_on_values_or_sizes_is_not_traced(module: torch.nn.Module) -> None:
-    assert _traced(module.eval(), info(X), max_batch=4) is None
+    assert _traced(module.eval(), info(X), max_batch=4) == (None, None)
 
 
 # ------------------------------------------------------------------------------ datatypes
