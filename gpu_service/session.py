@@ -11,6 +11,7 @@ read either, until the keepalive closes it.
 
 import asyncio
 import os
+import random
 import struct
 import time
 from collections.abc import Callable
@@ -382,7 +383,7 @@ class Session(asyncio.Protocol):
             self.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
         elif self._core.state is OPEN:
             self._is_open = True
-            self._set_timer(self._limits.ping_interval_s, self._send_ping)
+            self._set_timer(self._first_ping_in_s(), self._send_ping)
             self._client = self._host.opened(self)
             if self._core.subprotocol is not None:
                 self._greet()
@@ -500,6 +501,11 @@ class Session(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(delay_s, due)
+
+    def _first_ping_in_s(self) -> float:
+        # Clients come together when a worker restarts; their pings shall not for ever after.
+        spread = random.uniform(0.5, 1)  # noqa: S311 - spreads load, no secret
+        return spread * self._limits.ping_interval_s
 
     def _send_ping(self) -> None:
         self._ping = os.urandom(4)

@@ -132,7 +132,11 @@ class Settings:
         at_most=65536,
     )
     ping_interval_s: float = _setting(
-        20.0, "time between pings to each client", unit="s", at_least=0.1, at_most=3600
+        20.0,
+        "time between pings to each client; the first comes sooner, at random",
+        unit="s",
+        at_least=0.1,
+        at_most=3600,
     )
     ping_timeout_s: float = _setting(
         20.0, "a client that answers no ping is closed", unit="s", at_least=0.1, at_most=3600

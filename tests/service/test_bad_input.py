@@ -471,6 +471,16 @@ async def test_a_half_open_connection_is_closed_by_the_keepalive(
         await worker.until_metric("gpu_service_connections", 0)
 
 
+async def test_clients_that_came_together_are_pinged_at_different_times(
+    start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_service.session.random.uniform", lambda least, most: 0)
+    worker = await start_worker(ping_interval_s=3600)  # nobody waits for that
+    async with raw(worker) as client:
+        await client.shake_hands()
+        assert (await client.frame())[0] == PING
+
+
 # ------------------------------------------------------------------------- before the WebSocket
 
 
