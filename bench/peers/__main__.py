@@ -1,9 +1,11 @@
 """The service against other servers: `make bench-peers`, or `python -m bench.peers`.
 
 Each peer serves the same traced forward on one torch thread, in batches of up to 64, over 64 HTTP
-connections that stay open, with the same 3,136 bytes of input. First every peer is measured with
-some settings that decide its throughput, and its best one is kept; then peers and service are
-measured in turns. The environments are made on the first run, under `.bench/`.
+connections that stay open, with the same 3,136 bytes of input. The service finds by itself that
+fused kernels are faster, so mosec is also measured with a forward that was fused for it. First
+every peer is measured with some settings that decide its throughput, and its best one is kept;
+then peers and service are measured in turns. The environments are made on the first run, under
+`.bench/`.
 """
 
 from __future__ import annotations
@@ -39,15 +41,16 @@ class Peer:
     """One other server. `settings` are those to try; `start` takes one of them."""
 
     name: str
-    version: str
+    title: str  # in the results
+    program: str  # its environment, requirements and script
     python = sys.executable
     settings: Sequence[tuple[int, ...]]
-    bar: float
+    bar: float | None
 
     def __init__(self, *, bench: Bench, trace: Path) -> None:
         self.bench = bench
         self.trace = trace
-        self.environment = CACHE / self.name
+        self.environment = CACHE / self.program
 
     def described(self, setting: tuple[int, ...]) -> str:
         """A setting in words."""
@@ -59,17 +62,17 @@ class Peer:
 
     def install(self) -> None:
         """Make its environment, unless there is one from the same requirements."""
-        wanted = (CHECKOUT / "requirements" / f"bench-{self.name}.txt").read_text()
+        wanted = (CHECKOUT / "requirements" / f"bench-{self.program}.txt").read_text()
         made_from = self.environment / "made-from.txt"
         if made_from.exists() and made_from.read_text() == wanted:
             return
         if not Path(self.python).exists():
-            sys.exit(f"{self.name} needs {self.python}, which is not here")
-        print(f"==> installing {self.name} {self.version} into .bench/{self.name}", flush=True)
+            sys.exit(f"{self.program} needs {self.python}, which is not here")
+        print(f"==> installing {self.title} into .bench/{self.program}", flush=True)
         made = [self.python, "-m", "venv", "--clear", str(self.environment)]
         subprocess.run(made, check=True)
         pip = [self._python(), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        requirements = str(CHECKOUT / "requirements" / f"bench-{self.name}.txt")
+        requirements = str(CHECKOUT / "requirements" / f"bench-{self.program}.txt")
         subprocess.run([*pip, "--requirement", requirements], check=True)
         made_from.write_text(wanted)
 
@@ -91,7 +94,7 @@ class Peer:
         ready: str,
         variables: dict[str, str],
     ) -> Server:
-        script = str(Path(__file__).with_name(f"{self.name}_server.py"))
+        script = str(Path(__file__).with_name(f"{self.program}_server.py"))
         command = [self._python(), script, str(self.trace), *map(str, arguments)]
         return Server(
             command,
@@ -104,9 +107,10 @@ class Peer:
 class Mosec(Peer):
     """Rust in front, one Python process with the model behind a unix socket."""
 
-    name, version, bar = "mosec", "0.9.8", 1.4
+    name, title, program, bar = "mosec", "mosec 0.9.8", "mosec", 1.4
     # Largest batch; milliseconds that a batch waits for more, of which 1 is the least.
     settings = ((64, 1), (64, 10), (32, 1))
+    fused = False
 
     def described(self, setting: tuple[int, ...]) -> str:
         """As in mosec's documentation."""
@@ -122,13 +126,21 @@ class Mosec(Peer):
             "MOSEC_LOG_LEVEL": "warning",
             "MOSEC_PATH": str(self.bench.folder / f"mosec-{port}"),
         }
-        return self._server(setting, port=port, ready="/", variables=variables)
+        arguments = (*setting, int(self.fused))
+        return self._server(arguments, port=port, ready="/", variables=variables)
+
+
+class FusedMosec(Mosec):
+    """The same with the kernels that the service finds faster, as its user could choose them."""
+
+    name, title, bar = "mosec-fused", "mosec 0.9.8 with fused kernels", None
+    fused = True
 
 
 class PyTriton(Peer):
     """NVIDIA's Triton in front, one Python process with the model behind its Python backend."""
 
-    name, version, bar = "pytriton", "0.7.0", 3.5
+    name, title, program, bar = "pytriton", "pytriton 0.7.0", "pytriton", 3.5
     python = _DEBIAN_PYTHON
     # Microseconds that a batch waits for more; threads of its HTTP server.
     settings = ((0, 8), (1000, 8), (5000, 8), (1000, 2))
@@ -164,7 +176,11 @@ class PyTriton(Peer):
         )
 
 
-PEERS: dict[str, Callable[..., Peer]] = {"mosec": Mosec, "pytriton": PyTriton}
+PEERS: dict[str, Callable[..., Peer]] = {
+    "mosec": Mosec,
+    "mosec-fused": FusedMosec,
+    "pytriton": PyTriton,
+}
 
 
 def _image() -> numpy.ndarray[tuple[int, ...], numpy.dtype[numpy.float32]]:
@@ -211,7 +227,7 @@ def start_best(bench: Bench, peer: Peer) -> str:
 
 def rows(bench: Bench, peer: Peer) -> list[Row]:
     """The peer's figures of all turns, beside those of the service."""
-    name = f"{peer.name} {peer.version}"
+    name = peer.title
     rate = bench.median(f"{peer.name} rate")
     p50, p99 = bench.median(f"{peer.name} p50 us"), bench.median(f"{peer.name} p99 us")
     return [

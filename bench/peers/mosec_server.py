@@ -1,8 +1,8 @@
-"""The example model behind mosec: `python mosec_server.py MODEL MAX_BATCH MAX_WAIT_MS`.
+"""The example model behind mosec: `python mosec_server.py MODEL MAX_BATCH MAX_WAIT_MS FUSED`.
 
 Address and port come from mosec's own MOSEC_ADDRESS and MOSEC_PORT. Runs in mosec's own
-environment, without this project: MODEL is the traced forward, in a file. Bodies of requests and
-responses are the tensors' bytes, which is what costs mosec least.
+environment, without this project: MODEL is the traced forward, in a file; FUSED is 1 for fused
+kernels. Bodies of requests and responses are the tensors' bytes, which is what costs mosec least.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mosec import Server, Worker
 MODEL = sys.argv[1]
 MAX_BATCH = int(sys.argv[2])
 MAX_WAIT_MS = int(sys.argv[3])
+FUSED = sys.argv[4] == "1"
 IMAGE = (1, 28, 28)
 
 
@@ -28,6 +29,8 @@ class Digits(Worker):
     def __init__(self) -> None:
         torch.set_num_threads(1)
         self._model = torch.jit.load(MODEL)
+        if FUSED:
+            self._model = torch.jit.optimize_for_inference(self._model)
         with torch.inference_mode():
             for size in range(1, MAX_BATCH + 1):
                 self._model(torch.zeros(size, *IMAGE))
