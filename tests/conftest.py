@@ -1,4 +1,8 @@
-"""What several rooms of tests need: one real training run a session."""
+"""What several rooms of tests need: one real training run, and who may run beside whom.
+
+`make test` runs two processes at once (pytest-xdist). What shares hosts or a machine's labs is one
+group, which one process runs in order; else each file is.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+# Each of their tests wants the machine's labs for itself, or all of its cores.
+_GROUPS = {"deploy": "labs", "hosts": "labs", "lab": "labs", "training": "training"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -18,12 +26,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        path = item.path.relative_to(CHECKOUT / "tests")
+        item.add_marker(pytest.mark.xdist_group(_GROUPS.get(path.parts[0], str(path))))
+
+
 @pytest.fixture(scope="session")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle that the README's training command writes: two ranks, real images."""
     if given := request.config.getoption("--bundle"):
         return Path(given).resolve()
-    models = tmp_path_factory.mktemp("models")
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # one for all processes
+    models = shared / "models"
+    with FileLock(shared / "models.lock"):
+        if not models.exists():
+            _train(models)
+    (bundle,) = (models / "digits").iterdir()
+    return bundle
+
+
+def _train(models: Path) -> None:
     command = [str(Path(sys.executable).with_name("torchrun")), "--standalone"]
     command += ["--nproc-per-node=2", "-m", "gpu_service.training", "--output", str(models)]
     result = subprocess.run(
@@ -35,5 +61,3 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         timeout=600,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    (bundle,) = (models / "digits").iterdir()
-    return bundle
