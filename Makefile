@@ -69,10 +69,10 @@ wheelhouse: $(READY) ## the wheels that GPU hosts without internet need
 	@$(BIN)/python -m provision.wheelhouse build
 
 test: can-host $(READY) lint ## everything, including deploys on lab hosts (root on Linux)
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	@$(BIN)/python -m pytest --numprocesses 2
 
 test-unit: $(READY) ## what needs neither root nor hosts
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup -m "not lab"
+	@$(BIN)/python -m pytest --numprocesses 2 -m "not lab"
 
 bench: $(READY) ## the service's speed and memory (gcc; docs/benchmarks.md, bench/results/)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt

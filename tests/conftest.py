@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadScopeScheduling
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -26,11 +28,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        path = item.path.relative_to(CHECKOUT / "tests")
-        item.add_marker(pytest.mark.xdist_group(_GROUPS.get(path.parts[0], str(path))))
+class _ByRoom(LoadScopeScheduling):
+    """Gives one process all tests of a group, or of a file, in their order."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return _GROUPS.get(Path(file).parts[1], file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByRoom:
+    return _ByRoom(config, log)
 
 
 @pytest.fixture(scope="session")
