@@ -1,7 +1,8 @@
 """Disposable hosts that are deployed once a session, and the tools to look at what happened.
 
-The lab is this session's own (`deploytest`), so that a lab of `make deploy` is not disturbed. The
-wheelhouse and the base image are cached; results never are.
+The lab is this session's own (`deploytest`, or what GATEWAY_TEST_LAB names, where two sessions run
+at once), so that a lab of `make deploy` is not disturbed. The wheelhouse and the base image are
+cached; results never are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lab import requirements
 from lab.state import InventoryHost
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-LAB = "deploytest"
+LAB = os.environ.get("GATEWAY_TEST_LAB", "deploytest")
 BIN = Path(sys.executable).parent
 
 
