@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 from gpu_service import settings
 
 if TYPE_CHECKING:
+    import ssl
+
     from gpu_service.dispatch import Engine
 
 _DESCRIPTION = "Serve models over WebSocket, ask one that is served, and bring your own."
@@ -88,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
             help="holds the token, where the server asks for one; default: GPU_SERVICE_TOKEN in "
             "the environment",
         )
+        _add_tls(command)
 
     _add_bundle(commands.add_parser("bundle", help="make a bundle of a model of your own"))
 
@@ -106,6 +109,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     token.add_argument("name", nargs="?", metavar="NAME", type=_token_name, help="whose it is")
     return parser
+
+
+def _add_tls(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("for wss://")
+    files = {
+        "ca": "PEM file of the authorities to trust, or the server's own certificate; default: the "
+        "system's, or SSL_CERT_FILE in the environment",
+        "certificate": "PEM file to show to a server that asks for a certificate of the client",
+        "key": "PEM file of its private key, where that is another one",
+    }
+    for name, text in files.items():
+        group.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
 
 
 def _add_bundle(command: argparse.ArgumentParser) -> None:
@@ -400,14 +415,15 @@ def _models(options: argparse.Namespace) -> int:
 
 
 def _ask(options: argparse.Namespace) -> int:
-    from gpu_service import bundle, client, load, load_report, predict, verify
+    from gpu_service import bundle, client, client_tls, load, load_report, predict, verify
 
     try:
         token = client.read_token(options.token_file)
+        tls = _tls(options)
         if options.command == "verify":
             path = bundle.find(options.bundle)
             return verify.main(
-                path=path, urls=options.urls, timeout_s=options.timeout_s, token=token
+                path=path, urls=options.urls, timeout_s=options.timeout_s, token=token, tls=tls
             )
         if options.command == "load":
             return load.main(
@@ -423,6 +439,7 @@ def _ask(options: argparse.Namespace) -> int:
                 json_file=options.json,
                 plot_file=options.plot,
                 token=token,
+                tls=tls,
             )
         return predict.main(
             url=options.url,
@@ -431,10 +448,29 @@ def _ask(options: argparse.Namespace) -> int:
             count=options.count,
             as_json=options.json,
             token=token,
+            tls=tls,
         )
-    except (bundle.BundleError, client.ClientError, predict.InputError, load.InputError) as error:
+    except (
+        *(bundle.BundleError, client.ClientError, client_tls.TlsFilesError),
+        *(predict.InputError, load.InputError),
+    ) as error:
         print(f"gpu_service {options.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _tls(options: argparse.Namespace) -> "ssl.SSLContext | None":
+    """What `--ca`, `--certificate` and `--key` come to. Raises client_tls.TlsFilesError."""
+    from gpu_service import client_link, client_tls
+
+    given = {name: getattr(options, name) for name in ("ca", "certificate", "key")}
+    if not any(given.values()):
+        return None
+    urls = options.urls if options.command == "verify" else [options.url]
+    for url in urls:
+        if not client_link.is_secure(url):
+            names = ", ".join(f"--{name}" for name, path in given.items() if path)
+            raise client_tls.TlsFilesError(f"{names}: of no use for {url}, which is not wss://")
+    return client_tls.context(**given)
 
 
 if __name__ == "__main__":

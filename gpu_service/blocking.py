@@ -11,6 +11,7 @@ import concurrent.futures
 import contextlib
 import enum
 import os
+import ssl
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping
 from types import TracebackType
@@ -62,9 +63,12 @@ class BlockingClient:
         deadline_s: float = 30.0,
         retry_refused: bool = True,
         token: str | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._url = url
-        self._client = Client(url, deadline_s=deadline_s, retry_refused=retry_refused, token=token)
+        self._client = Client(
+            url, deadline_s=deadline_s, retry_refused=retry_refused, token=token, tls=tls
+        )
         # Guards the state, and what is handed to the loop by it. A finalizer may come amid that.
         self._lock = threading.RLock()
         self._state = State.NEW

@@ -10,6 +10,7 @@ import contextlib
 import http.client
 import math
 import os
+import ssl
 import urllib.parse
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
@@ -63,8 +64,9 @@ class Client:
     requests and says when to come back. With `retry_refused` they are sent again then, within
     their deadline; else the refusal is raised.
 
-    `token` says who connects, where a server wants to know (see `read_token`). ValueError for
-    what cannot be one.
+    `token` says who connects, where a server wants to know (see `read_token`). `tls` is what
+    `client_tls.context` makes, or an `ssl.SSLContext` of one's own, for wss:// with a CA file or a
+    certificate of the client. ValueError for what cannot be one, and for `tls` without wss://.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class Client:
         deadline_s: float = 30.0,
         retry_refused: bool = True,
         token: str | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._deadline_s = deadline_s
         self._retry_refused = retry_refused
-        self._connector = Connector(url, token=token)
+        self._connector = Connector(url, token=token, tls=tls)
 
     async def __aenter__(self) -> Self:
         """Connect. Raises UnreachableError."""
@@ -263,19 +266,18 @@ def read_token(path: Path | None = None, environ: Mapping[str, str] = os.environ
     return token
 
 
-async def fetch_json(url: str, path: str, *, timeout_s: float) -> Any:
+async def fetch_json(
+    url: str, path: str, *, timeout_s: float, tls: ssl.SSLContext | None = None
+) -> Any:
     """What the HTTP side of the server at WebSocket address `url` says at `path`.
 
     Raises UnreachableError, and InferenceError for an answer that is an error.
     """
-    return await asyncio.to_thread(_fetch_json, url, path, timeout_s)
+    return await asyncio.to_thread(_fetch_json, url, path, timeout_s, tls)
 
 
-def _fetch_json(url: str, path: str, timeout_s: float) -> Any:
-    parts = urllib.parse.urlsplit(url)
-    secure = parts.scheme == "wss"
-    kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+def _fetch_json(url: str, path: str, timeout_s: float, tls: ssl.SSLContext | None) -> Any:
+    connection = _http(urllib.parse.urlsplit(url), timeout_s, tls)
     try:
         connection.request("GET", path)
         response = connection.getresponse()
@@ -291,3 +293,12 @@ def _fetch_json(url: str, path: str, timeout_s: float) -> Any:
     if response.status != http.client.OK:
         raise InferenceError(ErrorCode.NOT_FOUND, f"{url}: {path}: HTTP {response.status}")
     return content
+
+
+def _http(
+    address: urllib.parse.SplitResult, timeout_s: float, tls: ssl.SSLContext | None
+) -> http.client.HTTPConnection:
+    host, port = address.hostname or "", address.port
+    if address.scheme == "wss":
+        return http.client.HTTPSConnection(host, port, timeout=timeout_s, context=tls)
+    return http.client.HTTPConnection(host, port, timeout=timeout_s)

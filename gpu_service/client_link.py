@@ -12,6 +12,7 @@ import logging
 import os
 import random
 import re
+import ssl
 import uuid
 from collections.abc import Iterator
 from typing import Protocol
@@ -27,6 +28,7 @@ from websockets.exceptions import (
 from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
+from gpu_service import client_tls
 from gpu_service.client_calls import (
     Call,
     ClientError,
@@ -206,20 +208,26 @@ class Link:
 class Connector:
     """Keeps a connection to `url`, and sends again what is unanswered when there is a new one.
 
-    `token` is sent as `Authorization: Bearer …` in each handshake, and is never shown.
+    `token` is sent as `Authorization: Bearer …` in each handshake, and is never shown. `tls` is
+    for wss:// alone; the default trusts whom the system trusts.
     """
 
-    def __init__(self, url: str, *, token: str | None = None) -> None:
+    def __init__(
+        self, url: str, *, token: str | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
         if token is not None and not is_token(token):
             raise ValueError(
                 "the token is empty, or has a space, a line break, or a character that is not "
                 "ASCII; strip what surrounds it in its file"
             )
+        if tls is not None and not is_secure(url):
+            raise ValueError(f"{url} is no wss:// address, so it has no use for tls")
         self.url = url
         self.broken: ClientError | None = UnreachableError(f"{url}: the client is not open")
         self.link: Link | None = None
         self.reconnects = 0
         self.followers: set[Follower] = set()
+        self._tls = tls or (True if is_secure(url) else None)
         self._headers = None if token is None else {"Authorization": f"Bearer {token}"}
         self._calls: dict[str, Call] = {}
         self._trouble = "not connected yet"
@@ -308,6 +316,7 @@ class Connector:
             additional_headers=self._headers,
             logger=None if self._headers is None else _logger,
             compression=None,  # tensors do not shrink
+            ssl=self._tls,
             proxy=None,  # workers are inside; a proxy for the world outside cannot reach them
             open_timeout=_OPEN_TIMEOUT_S,
             close_timeout=_CLOSE_TIMEOUT_S,
@@ -435,6 +444,11 @@ class Connector:
         return explained(self.url, error, has_token=self._headers is not None)
 
 
+def is_secure(url: str) -> bool:
+    """Whether it is an address with TLS."""
+    return url.lower().startswith("wss:")
+
+
 def is_token(text: str) -> bool:
     """Whether a header can carry it as a token."""
     return _TOKEN.fullmatch(text) is not None
@@ -463,9 +477,15 @@ def explained(url: str, error: Exception, *, has_token: bool = False) -> str:
             return f"{url} is not a WebSocket address; expected ws://HOST:PORT or wss://HOST:PORT"
         case InvalidStatus():
             status = error.response.status_code
-            return f"{url}: HTTP {status}{_meaning(status, has_token=has_token)}"
+            meaning = _meaning(status, has_token=has_token, secure=is_secure(url))
+            return f"{url}: HTTP {status}{meaning}"
         case TimeoutError():
             return f"{url}: no answer to the connection attempt"
+        case ssl.SSLError():  # an OSError, whose number is OpenSSL's
+            return f"{url}: {client_tls.explained(error)}"
+        case ConnectionResetError() if is_secure(url) and not error.errno:
+            # asyncio's, amid the TLS handshake: that of a worker's plain port, for one.
+            return f"{url}: {client_tls.NO_TLS}"
         case OSError():
             # asyncio's own text ("Connect call failed") hides the reason.
             reason = os.strerror(error.errno) if error.errno else str(error)
@@ -474,8 +494,15 @@ def explained(url: str, error: Exception, *, has_token: bool = False) -> str:
             return f"{url}: does not speak WebSocket as expected: {error}"
 
 
-def _meaning(status: int, *, has_token: bool) -> str:
+def _meaning(status: int, *, has_token: bool, secure: bool) -> str:
     match status:
+        case http.client.BAD_REQUEST if secure:
+            return (
+                ": it may ask for a certificate of the client: `tls=…` in a program, "
+                "--certificate and --key for a command"
+            )
+        case http.client.UPGRADE_REQUIRED if not secure:
+            return ": it serves by TLS only: wss:// and its TLS port"
         case http.client.UNAUTHORIZED if has_token:
             return ": it does not know this token; check it, or have it added to the tokens file"
         case http.client.UNAUTHORIZED:

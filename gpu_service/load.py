@@ -8,9 +8,11 @@ after a number of requests or a time. Starts fast: no torch.
 import asyncio
 import collections
 import contextlib
+import functools
 import itertools
 import resource
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -62,6 +64,7 @@ def main(
     json_file: Path | None,
     plot_file: Path | None,
     token: str | None = None,
+    tls: ssl.SSLContext | None = None,
     output: TextIO = sys.stdout,
     progress: TextIO = sys.stderr,
 ) -> int:
@@ -79,7 +82,11 @@ def main(
             raise InputError(f"{file}: there is no such folder to write it to")
     loop_name, loop_factory = _loop()
     with asyncio.Runner(loop_factory=loop_factory) as runner:
-        tally, interrupted = runner.run(_main(plan, inputs, token=token, progress=progress))
+        # What is refused is to be seen, not to be smoothed over.
+        client_of = functools.partial(
+            Client, plan.url, deadline_s=_DEADLINE_S, retry_refused=False, token=token, tls=tls
+        )
+        tally, interrupted = runner.run(_main(plan, inputs, client_of, progress))
     report = load_report.report(plan, tally, event_loop=loop_name)
     print(load_report.table(report), file=output)
     if json_file is not None:
@@ -212,11 +219,11 @@ class PacedTurns(Turns):
 
 
 async def _main(
-    plan: Plan, inputs: Sequence[Tensors], *, token: str | None, progress: TextIO
+    plan: Plan, inputs: Sequence[Tensors], client_of: Callable[[], Client], progress: TextIO
 ) -> tuple[Tally, bool]:
     _raise_descriptor_limit()
     async with contextlib.AsyncExitStack() as stack:
-        clients = await _connected(plan, token, stack)
+        clients = await _connected(plan.connections, client_of, stack)
         tally = Tally(time.perf_counter_ns())
         cpu_ns = time.process_time_ns()
         display = asyncio.create_task(_display(plan, tally, progress))
@@ -232,19 +239,15 @@ async def _main(
 
 
 async def _connected(
-    plan: Plan, token: str | None, stack: contextlib.AsyncExitStack
+    count: int, client_of: Callable[[], Client], stack: contextlib.AsyncExitStack
 ) -> list[Client]:
     at_once = asyncio.Semaphore(_OPENING_AT_ONCE)
 
     async def open_one() -> Client:
         async with at_once:
-            # What is refused is to be seen, not to be smoothed over.
-            client = Client(plan.url, deadline_s=_DEADLINE_S, retry_refused=False, token=token)
-            return await stack.enter_async_context(client)
+            return await stack.enter_async_context(client_of())
 
-    opened = await asyncio.gather(
-        *(open_one() for _ in range(plan.connections)), return_exceptions=True
-    )
+    opened = await asyncio.gather(*(open_one() for _ in range(count)), return_exceptions=True)
     clients = [client for client in opened if isinstance(client, Client)]
     for error in opened:
         if isinstance(error, BaseException):

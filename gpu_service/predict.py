@@ -8,12 +8,14 @@ Starts fast: no torch.
 import asyncio
 import collections
 import contextlib
+import functools
 import io
 import itertools
 import math
+import ssl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -95,6 +97,7 @@ def main(
     count: int | None,
     as_json: bool = False,
     token: str | None = None,
+    tls: ssl.SSLContext | None = None,
     output: TextIO = sys.stdout,
     standard_input: BinaryIO | None = None,
 ) -> int:
@@ -115,6 +118,7 @@ def main(
             count=count,
             printer=printer,
             token=token,
+            tls=tls,
             standard_input=standard_input or sys.stdin.buffer,
         )
     )
@@ -128,19 +132,21 @@ async def _main(
     count: int | None,
     printer: "_TablePrinter | _JsonPrinter",
     token: str | None,
+    tls: ssl.SSLContext | None,
     standard_input: BinaryIO,
 ) -> int:
     if path is not None:
         samples, labels = _from_bundle(path)
     else:
-        model = await _served(url)
+        model = await _served(url, tls)
         samples = [sample for file in files for sample in _from_file(file, model, standard_input)]
         labels = model.parameters.labels
     if not samples:
         raise InputError("there is not a single sample in what was given")
     total = count or len(samples)
     wanted = itertools.islice(itertools.cycle(samples), total)
-    return await _predict(url, wanted, total=total, labels=labels, printer=printer, token=token)
+    client_of = functools.partial(Client, url, deadline_s=_DEADLINE_S, token=token, tls=tls)
+    return await _predict(client_of, wanted, total=total, labels=labels, printer=printer)
 
 
 def _from_bundle(path: Path) -> tuple[list[Sample], list[str]]:
@@ -157,10 +163,10 @@ def _from_bundle(path: Path) -> tuple[list[Sample], list[str]]:
     return samples, labels
 
 
-async def _served(url: str) -> Model:
-    server = await fetch_json(url, "/v2", timeout_s=_DEADLINE_S)
+async def _served(url: str, tls: ssl.SSLContext | None) -> Model:
+    server = await fetch_json(url, "/v2", timeout_s=_DEADLINE_S, tls=tls)
     name = server["models"][0]["name"]
-    metadata = await fetch_json(url, f"/v2/models/{name}", timeout_s=_DEADLINE_S)
+    metadata = await fetch_json(url, f"/v2/models/{name}", timeout_s=_DEADLINE_S, tls=tls)
     return msgspec.convert(metadata, Model)
 
 
@@ -233,19 +239,17 @@ def _as_batch(source: str, array: Any, spec: Model.Input) -> NDArray[Any]:
 
 
 async def _predict(
-    url: str,
+    client_of: Callable[[], Client],
     samples: Iterator[Sample],
     *,
     total: int,
     labels: Sequence[str],
     printer: "_TablePrinter | _JsonPrinter",
-    token: str | None,
 ) -> int:
     failed = 0
     async with contextlib.AsyncExitStack() as stack:
         clients = [
-            await stack.enter_async_context(Client(url, deadline_s=_DEADLINE_S, token=token))
-            for _ in range(min(_CONNECTIONS, total))
+            await stack.enter_async_context(client_of()) for _ in range(min(_CONNECTIONS, total))
         ]
         printer.start()
         under_way: collections.deque[asyncio.Task[Prediction]] = collections.deque()

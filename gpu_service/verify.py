@@ -6,6 +6,7 @@ time. For deploys and scripts, so its output is JSON lines. Starts fast: no torc
 
 import asyncio
 import functools
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def main(
     urls: Sequence[str],
     timeout_s: float,
     token: str | None = None,
+    tls: ssl.SSLContext | None = None,
     output: TextIO = sys.stdout,
 ) -> int:
     """Verify all `urls` against the bundle in `path`; 0 if all are ok, else 1.
@@ -45,8 +47,9 @@ def main(
     """
     manifest = bundle.read_manifest(path)
     samples = bundle.load_samples(path)
+    client_of = functools.partial(Client, deadline_s=timeout_s, token=token, tls=tls)
     ask = functools.partial(
-        _one, manifest=manifest, samples=samples, timeout_s=timeout_s, token=token
+        _one, client_of=client_of, manifest=manifest, samples=samples, timeout_s=timeout_s
     )
     verdicts = asyncio.run(_all(ask, urls))
     for verdict in verdicts:
@@ -59,11 +62,15 @@ async def _all(ask: Callable[[str], Awaitable[Verdict]], urls: Sequence[str]) ->
 
 
 async def _one(
-    url: str, *, manifest: bundle.Manifest, samples: Tensors, timeout_s: float, token: str | None
+    url: str,
+    *,
+    client_of: Callable[[str], Client],
+    manifest: bundle.Manifest,
+    samples: Tensors,
+    timeout_s: float,
 ) -> Verdict:
     try:
-        client = Client(url, deadline_s=timeout_s, token=token)
-        async with asyncio.timeout(timeout_s), client:
+        async with asyncio.timeout(timeout_s), client_of(url) as client:
             # One by one, because a worker may allow smaller batches than there are samples.
             requests = golden.one_by_one(samples)
             results = await asyncio.gather(

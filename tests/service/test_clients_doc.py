@@ -78,9 +78,10 @@ PRINTED = {
     0: r"100 \(1, 10\) test-worker\n",
     1: r"100 \(1, 10\) test-worker\n",
     2: r"test-worker\n",
-    3: r"A batch [!-Z]+Z",
-    4: r"(0\n){11}",
-    5: r"12 \(1, 3\)\n",
+    3: r"test-worker\n",
+    4: r"A batch [!-Z]+Z",
+    5: r"(0\n){11}",
+    6: r"12 \(1, 3\)\n",
 }
 
 
