@@ -36,6 +36,6 @@ if as_gateway:
 barrier(name="Clients are served")
 
 if as_worker and planned:
-    retire(as_worker, planned)
+    retire(as_worker, fleet, planned)
 
 report(name="What this run came to")

@@ -187,10 +187,14 @@ class SelinuxBoolean(FactBase[bool | None]):
 
 @dataclass(frozen=True)
 class FirewalldState(_Answer):
-    """Ports (`8009/tcp`) and rich rules of the default zone, now and at the next start."""
+    """Ports (`8009/tcp`) and rich rules of the default zone, now and at the next start.
+
+    `notes`: the lines of the host's record that say which of them are ours (provision/record.py).
+    """
 
     runtime: frozenset[str]
     permanent: frozenset[str]
+    notes: tuple[str, ...] = ()
 
 
 class Firewalld(FactBase[FirewalldState | None]):
@@ -212,17 +216,22 @@ class Firewalld(FactBase[FirewalldState | None]):
             "ask runtime $path $name.zone getPorts s $zone; "
             "ask runtime $path $name.zone getRichRules s $zone; "
             "ask permanent $file $name.config.zone getPorts; "
-            "ask permanent $file $name.config.zone getRichRules"
+            "ask permanent $file $name.config.zone getRichRules; "
+            "grep -s '^firewall' /var/lib/gpu-gateway/record/journal; true"
         )
 
     @override
     def process(self, output: list[str]) -> FirewalldState:
         found: dict[str, set[str]] = {"runtime": set(), "permanent": set()}
+        notes = tuple(line for line in output if line.startswith("firewall"))
         for line in output:
             mode, _, answer = line.partition(" ")
-            found[mode] |= _ports_or_rules(answer)
+            if mode in found:
+                found[mode] |= _ports_or_rules(answer)
         return FirewalldState(
-            runtime=frozenset(found["runtime"]), permanent=frozenset(found["permanent"])
+            runtime=frozenset(found["runtime"]),
+            permanent=frozenset(found["permanent"]),
+            notes=notes,
         )
 
 

@@ -9,9 +9,8 @@ import ipaddress
 
 from pyinfra import host
 from pyinfra.api import deploy
-from pyinfra.operations import yum
 
-from provision import facts, operations, rendering, sizing
+from provision import facts, operations, record, rendering, sizing
 from provision.operations import ManagedFile
 from provision.preflight import RefusedError
 from provision.settings import (
@@ -28,14 +27,14 @@ ERROR_PAGES = "/usr/share/nginx/gateway"
 def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     """Bring one gateway host to its declared state. Raises `RefusedError`, touching nothing."""
     cores = sized(settings, fleet)
-    yum.packages(name="nginx is installed", packages=[settings.nginx_package])
+    record.packages(name="nginx is installed", packages=[settings.nginx_package])
     # Before the mode: in enforcing mode, not a moment without it.
     if settings.selinux_allow_connect:
         operations.selinux_boolean(
             name="SELinux lets nginx connect", boolean="httpd_can_network_connect"
         )
     operations.selinux_mode(name=f"SELinux is {settings.selinux_mode}", mode=settings.selinux_mode)
-    operations.firewalld(name="Public port is open", ports=public_ports(settings))
+    operations.firewalld(name="Public port is open", role="gateway", ports=public_ports(settings))
     if settings.tls_self_signed:
         operations.self_signed_certificate(
             name="Certificate of its own",

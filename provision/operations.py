@@ -31,7 +31,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State, StateStage
 from pyinfra.connectors.util import CommandOutput
 
-from provision import facts, rendering
+from provision import facts, record, rendering
 from provision.facts import SelinuxMode, quoted, script
 
 Commands = Generator[
@@ -130,6 +130,8 @@ def _swap_in(
 
 def _stage(managed: ManagedFile) -> Commands:
     """Upload the candidate, in its final mode and owner, beside the file."""
+    if not record.is_generated(managed.path):
+        yield record.file(managed.path, managed.sha256)
     # An empty file of the final mode and owner first: a secret is never readable by others.
     yield script(
         'mkdir -p "$(dirname "$1")" && rm -f "$1" && '
@@ -171,6 +173,9 @@ def _diff(managed: ManagedFile) -> Iterable[str]:
 def directories(paths: Mapping[str, tuple[str, str]]) -> Commands:
     """Make folders. `paths`: path -> (mode, owner); the group is the owner's name."""
     found = host.get_fact(facts.FolderStates, paths=tuple(paths))
+    missing = [path for path in paths if path not in found and not record.is_generated(path)]
+    if missing:
+        yield record.folders(missing)
     for path, (mode, owner) in paths.items():
         if found.get(path) != (mode, owner, owner):
             yield quoted("install", "-d", "-m", mode, "-o", owner, "-g", owner, "--", path)
@@ -200,7 +205,13 @@ def selinux_mode(mode: str) -> Commands:
         return
     wanted = SelinuxMode(mode)
     found = host.get_fact(facts.Selinux)
-    if found.configured not in (SelinuxMode.ABSENT, wanted):
+    live = (SelinuxMode.ENFORCING, SelinuxMode.PERMISSIVE)
+    configures = found.configured not in (SelinuxMode.ABSENT, wanted)
+    switches = found.running in live and wanted in live and found.running is not wanted
+    if configures or switches:
+        yield record.found("selinux", "mode", f"{found.running} {found.configured}")
+        yield record.wrote("selinux", "mode", wanted)
+    if configures:
         # The file may hold comments and SELINUXTYPE: only the one line changes. Edited beside
         # and renamed; the label is the old file's.
         yield script(
@@ -209,12 +220,10 @@ def selinux_mode(mode: str) -> Commands:
             "/etc/selinux/config",
             wanted.value,
         )
-    live = (SelinuxMode.ENFORCING, SelinuxMode.PERMISSIVE)
     if found.running is SelinuxMode.ABSENT:
         host.noop("this host has no SELinux")
-    elif found.running in live and wanted in live:
-        if found.running is not wanted:
-            yield quoted("setenforce", "1" if wanted is SelinuxMode.ENFORCING else "0")
+    elif switches:
+        yield quoted("setenforce", "1" if wanted is SelinuxMode.ENFORCING else "0")
     elif found.running is not wanted:
         host.log(f"SELinux is {found.running} and becomes {wanted} at the next boot only")
 
@@ -229,43 +238,87 @@ def selinux_boolean(boolean: str) -> Commands:
     if found is None:
         host.noop(f"this host has no SELinux boolean {boolean}")
     elif not found:
+        yield record.found("boolean", boolean, "off")
         yield quoted("setsebool", "-P", boolean, "on")
 
 
 @operation()
 def firewalld(
+    role: str,
     ports: Iterable[int] = (),
     ports_from: Mapping[int | str, Iterable[str]] | None = None,
+    closes: bool = True,
 ) -> Commands:
-    """Open ports where firewalld runs, now and for good.
+    """Open ports where firewalld runs, now and for good; close what this opened before.
 
+    + role: whose ports these are; one call says all that a role wants open
     + ports: open to everybody
     + ports_from: port, or a range like 1024-65535, -> addresses that may connect; nobody else may
+    + closes: whether what the role had opened and no longer wants is closed
+
+    What somebody else opened stays open, but for a port of `ports_from`, which is for those
+    addresses alone.
     """
     found = host.get_fact(facts.Firewalld)
     if found is None:
         host.noop("firewalld does not run on this host")
         return
-    restricted = dict(ports_from or {})
-    for present, flag in ((found.permanent, ("--permanent",)), (found.runtime, ())):
-        for port in ports:
-            if f"{port}/tcp" not in present:
-                yield quoted("firewall-cmd", "--quiet", *flag, f"--add-port={port}/tcp")
-        for place, addresses in restricted.items():
-            yield from _only_from(place, list(addresses), present, flag)
+    restricted = {place: list(addresses) for place, addresses in (ports_from or {}).items()}
+    wanted = {f"{port}/tcp" for port in ports} | {
+        _rich_rule(address, place) for place in restricted for address in restricted[place]
+    }
+    noted = record.parse(found.notes).firewall
+    mine = noted.get(role, record.Firewall()).opened
+    others = {e for name, of in noted.items() if name != role for e in of.opened}
+    yield from _opened(role, wanted, found, mine=mine, ours=mine | others)
+    intruders = {
+        entry
+        for entry in found.permanent | found.runtime
+        if entry not in wanted and any(_lets_in(entry, place) for place in restricted)
+    }
+    stale = mine - wanted if closes else frozenset()
+    for entry in sorted(stale | intruders):
+        if entry not in mine | others:
+            yield record.firewall(role, "shut", entry)
+        if entry not in others:
+            yield from _firewall_cmd("remove", entry, having=found)
+        if entry in mine:
+            yield record.firewall(role, "closed", entry)
 
 
-def _only_from(
-    port: int | str, addresses: list[str], present: frozenset[str], flag: tuple[str, ...]
+def _opened(
+    role: str,
+    wanted: Iterable[str],
+    found: facts.FirewalldState,
+    *,
+    mine: frozenset[str],
+    ours: frozenset[str],
 ) -> Commands:
-    if f"{port}/tcp" in present:  # open to everybody: by hand, or by an earlier setting
-        yield quoted("firewall-cmd", "--quiet", *flag, f"--remove-port={port}/tcp")
-    wanted = {_rich_rule(address, port) for address in addresses}
-    ours = {rule for rule in present if rule.startswith("rule ") and f'port="{port}"' in rule}
-    for rule in sorted(ours - wanted):
-        yield quoted("firewall-cmd", "--quiet", *flag, f"--remove-rich-rule={rule}")
-    for rule in sorted(wanted - ours):
-        yield quoted("firewall-cmd", "--quiet", *flag, f"--add-rich-rule={rule}")
+    for entry in sorted(wanted):
+        is_open = entry in found.permanent and entry in found.runtime
+        if entry not in mine and (entry in ours or not is_open):
+            yield record.firewall(role, "opened", entry)
+        yield from _firewall_cmd("add", entry, lacking=found)
+
+
+def _lets_in(entry: str, place: int | str) -> bool:
+    return entry == f"{place}/tcp" or f'port="{place}"' in entry
+
+
+def _firewall_cmd(
+    verb: str,
+    entry: str,
+    *,
+    having: facts.FirewalldState | None = None,
+    lacking: facts.FirewalldState | None = None,
+) -> Commands:
+    """`firewall-cmd` for a port or a rule, for good and now, where it is (or is not) there."""
+    kind = "rich-rule" if entry.startswith("rule ") else "port"
+    for mode, flag in (("permanent", ("--permanent",)), ("runtime", ())):
+        if (having and entry in getattr(having, mode)) or (
+            lacking and entry not in getattr(lacking, mode)
+        ):
+            yield quoted("firewall-cmd", "--quiet", *flag, f"--{verb}-{kind}={entry}")
 
 
 def _rich_rule(address: str, port: int | str) -> str:
@@ -314,6 +367,7 @@ def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, probe: str) -> Co
     )
     _show_diffs(differing)
     if not unit.enabled:
+        yield record.unit("nginx.service")
         yield quoted("systemctl", "enable", "--quiet", "nginx.service")
     applied = host.get_fact(facts.FileText, path=APPLIED) or ""
     settled = unit.active == "active" and not unit.needs_daemon_reload
@@ -324,6 +378,7 @@ def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, probe: str) -> Co
     for managed in differing:
         yield from _stage(managed)
     yield _nginx_check(main.candidate if main in differing else main.path)
+    yield record.unit("nginx.service")
     yield _nginx_activate(probe, digest, *(managed.path for managed in files))
 
 
@@ -385,6 +440,8 @@ def self_signed_certificate(certificate: str, key: str, names: Iterable[str]) ->
     if found.exists and executing():
         why = next(reason for reason, true in reasons.items() if true)
         host.log(f"{certificate} is made anew: {why}")
+    yield record.file(certificate)
+    yield record.file(key)
     yield script(
         _SELF_SIGNED,
         certificate,
@@ -559,13 +616,8 @@ def retire_workers(keep: Iterable[int], settings_file: Callable[[int], str]) -> 
     retired = [port for port in host.get_fact(facts.WorkerPorts) if port not in kept]
     if not retired:
         return
-    firewall = host.get_fact(facts.Firewalld)
     for port in retired:
         units = (f"gpu-worker@{port}.socket", f"gpu-worker@{port}.service")
         yield quoted("systemctl", "disable", "--quiet", "--now", *units)
         path = settings_file(port)
         yield quoted("rm", "-f", "--", path, f"{path}.previous", f"{path}.rollback")
-        if firewall is None:
-            continue
-        for present, flag in ((firewall.permanent, ("--permanent",)), (firewall.runtime, ())):
-            yield from _only_from(port, [], present, flag)

@@ -25,6 +25,7 @@ STATIC_FILES = (
     "nginx.logrotate",
     "handshake.sh",
     "nginx-activate.sh",
+    "record.sh",
     "worker-switch.sh",
 )
 

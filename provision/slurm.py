@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pyinfra import host, inventory
 from pyinfra.api import QuoteString, StringCommand, deploy, operation
 from pyinfra.api.host import Host
-from pyinfra.operations import server, yum
 
-from provision import facts, operations, rendering
+from provision import facts, operations, record, rendering
 from provision.facts import quoted, script
 from provision.operations import Commands, ManagedFile, ask, executing, fail
 from provision.settings import Fleet, TrainerSettings
@@ -102,8 +101,8 @@ def users(settings: TrainerSettings) -> None:
         (settings.service_user, settings.slurm_service_uid, "/var/lib/gpu-service"),
     )
     for name, number, home in host.loop(wanted):  # type: ignore[no-untyped-call]
-        server.group(name=f"Group {name}", group=name, gid=number, system=True)
-        server.user(  # noqa: S604  `shell` is the user's login shell
+        record.group(name=f"Group {name}", group=name, gid=number, system=True)
+        record.user(  # noqa: S604  `shell` is the user's login shell
             name=f"User {name}",
             user=name,
             uid=number,
@@ -119,7 +118,7 @@ def users(settings: TrainerSettings) -> None:
 def member(settings: TrainerSettings, fleet: Fleet) -> None:
     """One host of the cluster; the first is the controller as well."""
     controls = host.name == fleet.lead_trainer
-    yum.packages(name="Slurm and MUNGE are installed", packages=list(settings.slurm_packages))
+    record.packages(name="Slurm and MUNGE are installed", packages=list(settings.slurm_packages))
     operations.directories(
         name="Slurm's folders",
         paths={

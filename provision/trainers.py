@@ -204,7 +204,9 @@ def trainer(settings: TrainerSettings, fleet: Fleet, planned: Plan) -> None:
     operations.place_files(name="Launch scripts", files=launch_scripts())
     others = [address for address in fleet.trainer_addresses() if address != _address(fleet)]
     operations.firewalld(
-        name="Trainers reach each other, nobody else does", ports_from={OPEN_PORTS: others}
+        name="Trainers reach each other, nobody else does",
+        role="trainer",
+        ports_from={OPEN_PORTS: others},
     )
 
 

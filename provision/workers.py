@@ -29,9 +29,8 @@ from pathlib import Path
 from pyinfra import host
 from pyinfra.api import deploy, operation
 from pyinfra.api.exceptions import DeployError
-from pyinfra.operations import server, yum
 
-from provision import facts, models, operations, preflight, rendering, wheelhouse
+from provision import facts, models, operations, preflight, record, rendering, wheelhouse
 from provision.facts import Hardware, quoted, script
 from provision.models import Model
 from provision.operations import Commands, ManagedFile, Rollout, WorkerUnit
@@ -125,7 +124,10 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
         operations.place_files(name="Tokens that may connect", files=[tokens_file(settings)])
     operations.firewalld(
         name="Worker ports are open to the gateways only",
-        ports_from={port: fleet.gateway_addresses() for port in settings.worker_ports},
+        role="worker",
+        ports_from=admitted(settings, fleet),
+        # A port that goes is in use until the gateways have moved on.
+        closes=False,
     )
     operations.roll_workers(
         name="Workers run what was declared, one after the other",
@@ -152,10 +154,15 @@ def previous(settings: WorkerSettings) -> None:
 
 
 @deploy("Worker clean-up")
-def retire(settings: WorkerSettings, planned: Plan) -> None:
+def retire(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
     """After the gateways have moved on: what is no longer declared stops and goes."""
     operations.retire_workers(
         name="No other workers", keep=settings.worker_ports, settings_file=settings_path
+    )
+    operations.firewalld(
+        name="No other worker ports are open",
+        role="worker",
+        ports_from=admitted(settings, fleet),
     )
     if not settings.worker_tokens:
         forget_tokens(name="No tokens that nobody reads")
@@ -166,10 +173,15 @@ def retire(settings: WorkerSettings, planned: Plan) -> None:
     )
 
 
+def admitted(settings: WorkerSettings, fleet: Fleet) -> dict[int | str, list[str]]:
+    """Who may connect to which port of a worker host."""
+    return {port: fleet.gateway_addresses() for port in settings.worker_ports}
+
+
 def install(settings: PythonSettings, environment: Environment, release: Release) -> None:
     """Interpreter, user, environment and package: what workers and trainers have in common."""
-    yum.packages(name="Python is installed", packages=[settings.python_package])
-    server.user(  # noqa: S604  `shell` is the user's login shell
+    record.packages(name="Python is installed", packages=[settings.python_package])
+    record.user(  # noqa: S604  `shell` is the user's login shell
         name="Service user",
         user=settings.service_user,
         system=True,

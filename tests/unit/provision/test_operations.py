@@ -28,6 +28,7 @@ ASKING = (
     "list-units",
     'cat "$1" || true',
     "worker-*.env",
+    "gpu-gateway/record",  # and what is noted of it: test_record.py
 )
 
 
@@ -169,36 +170,64 @@ def zone(*entries: str) -> list[str]:
 
 
 def test_without_firewalld_nothing_is_done() -> None:
-    assert run(operations.firewalld, {"busctl": []}, ports=[8009]) == []
+    assert run(operations.firewalld, {"busctl": []}, role="r", ports=[8009]) == []
 
 
 def test_firewalld_opens_a_port_now_and_for_good() -> None:
     answers = {"busctl": zone()}
-    assert run(operations.firewalld, answers, ports=[8009]) == [
+    assert run(operations.firewalld, answers, role="r", ports=[8009]) == [
         "firewall-cmd --quiet --permanent --add-port=8009/tcp",
         "firewall-cmd --quiet --add-port=8009/tcp",
     ]
     answers = {"busctl": zone("8009/tcp")}
-    assert run(operations.firewalld, answers, ports=[8009]) == []
+    assert run(operations.firewalld, answers, role="r", ports=[8009]) == []
 
 
 def test_a_gateway_that_left_loses_its_way_to_the_workers() -> None:
     old, new = RULE.format("10.0.0.9"), RULE.format("10.0.0.11")
     answers = {"busctl": zone(old)}
-    commands = run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]})
+    commands = run(operations.firewalld, answers, role="r", ports_from={9005: ["10.0.0.11"]})
     assert len(commands) == 4
     assert sum("--remove-rich-rule" in c and "10.0.0.9" in c for c in commands) == 2
     assert sum("--add-rich-rule" in c and "10.0.0.11" in c for c in commands) == 2
     answers = {"busctl": zone(new)}
-    assert run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]}) == []
+    assert run(operations.firewalld, answers, role="r", ports_from={9005: ["10.0.0.11"]}) == []
 
 
 def test_a_worker_port_that_was_open_to_all_is_closed() -> None:
     new = RULE.format("10.0.0.11")
     answers = {"busctl": zone(new) + zone("9005/tcp")[:1]}
-    assert run(operations.firewalld, answers, ports_from={9005: ["10.0.0.11"]}) == [
+    assert run(operations.firewalld, answers, role="r", ports_from={9005: ["10.0.0.11"]}) == [
         "firewall-cmd --quiet --remove-port=9005/tcp"
     ]
+
+
+def opened(role: str, *entries: str) -> list[str]:
+    """What the host's record says that a role has opened."""
+    return [f"firewall\t{role}\topened\t{entry}" for entry in entries]
+
+
+def test_a_port_that_was_opened_here_and_is_not_wanted_any_more_is_closed() -> None:
+    answers = {"busctl": [*zone("8009/tcp", "8443/tcp"), *opened("r", "8009/tcp", "8443/tcp")]}
+    assert run(operations.firewalld, answers, role="r", ports=[8009], closes=False) == []
+    assert run(operations.firewalld, answers, role="r", ports=[8009]) == [
+        "firewall-cmd --quiet --permanent --remove-port=8443/tcp",
+        "firewall-cmd --quiet --remove-port=8443/tcp",
+    ]
+
+
+def test_what_an_operator_or_another_role_opened_stays_open() -> None:
+    answers = {"busctl": [*zone("22/tcp", "8443/tcp"), *opened("other", "8443/tcp")]}
+    assert run(operations.firewalld, answers, role="r") == []
+    both = {"busctl": [*zone("8443/tcp"), *opened("r", "8443/tcp"), *opened("other", "8443/tcp")]}
+    assert run(operations.firewalld, both, role="r") == []
+
+
+def test_a_rule_of_a_worker_that_was_retired_goes() -> None:
+    rule = RULE.format("10.0.0.11")
+    answers = {"busctl": [*zone(rule), *opened("r", rule)]}
+    commands = run(operations.firewalld, answers, role="r", ports_from={9006: []})
+    assert sum("--remove-rich-rule" in command for command in commands) == len(commands) == 2
 
 
 def unit_answer(unit: str, *, active: str = "active", deployment: str = "d1") -> list[str]:
@@ -367,11 +396,10 @@ def test_a_run_that_was_cut_before_the_reload_is_repaired() -> None:
     assert "nginx-activate" in commands[-1]
 
 
-def test_a_worker_that_is_no_longer_declared_is_stopped_and_its_rules_go() -> None:
-    script: Answers = {"list-units": [A.name, B.name], "busctl": zone(RULE.format("10.0.0.11"))}
+def test_a_worker_that_is_no_longer_declared_is_stopped_and_forgotten() -> None:
+    script: Answers = {"list-units": [A.name, B.name]}
     arguments = {"settings_file": "/etc/gpu-service/worker-{}.env".format}
     assert run(operations.retire_workers, script, keep=[9005, 9006], **arguments) == []
     commands = run(operations.retire_workers, script, keep=[9006], **arguments)
     assert commands[0] == f"systemctl disable --quiet --now {A.socket} {A.name}"
     assert commands[1].startswith("rm -f -- /etc/gpu-service/worker-9005.env ")
-    assert sum("--remove-rich-rule" in command for command in commands) == 2
