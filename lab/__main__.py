@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from lab import lab as labs
-from lab import names, requirements
+from lab import layer, names, requirements
 from lab.errors import LabError
 from lab.network import enter_network
 from lab.paths import HOME_VARIABLE, LabPaths
@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PORT",
         help="port of this machine that leads to the gateways' port "
         f"{names.DEFAULT_GATEWAY_PORT} (default: %(default)s)",
+    )
+    up.add_argument(
+        "--with",
+        dest="layers",
+        action="append",
+        default=[],
+        choices=layer.NAMES,
+        help="what yum offers on hosts that are new, beside the rest (a layer of their disk)",
     )
     commands.add_parser("down", help="end the lab and remove all that its hosts wrote")
     commands.add_parser("status", help="show the lab and its hosts")
@@ -104,7 +112,13 @@ def _setup(_: argparse.Namespace) -> int:
 def _up(options: argparse.Namespace) -> int:
     progress = _Progress()
     wanted: Sequence[str] = options.hosts or names.DEFAULT_HOSTS
-    state = labs.up(options.name, wanted, gateway_port=options.gateway_port, progress=progress)
+    state = labs.up(
+        options.name,
+        wanted,
+        gateway_port=options.gateway_port,
+        layers=options.layers,
+        progress=progress,
+    )
     progress(f"the lab {state.name!r} is up")
     return _status(options)
 

@@ -27,6 +27,7 @@ from lab import names, network
 from lab.cgroup import Cgroup
 from lab.errors import LabError
 from lab.image import base_path
+from lab.layer import layer_path
 from lab.paths import HostPaths, LabPaths, write_json, write_text
 from lab.process import Process
 from lab.state import HostPhase, HostState, LabState
@@ -56,7 +57,11 @@ class Supervisor:
         self._lab = state
         self._host = host
         self._paths = paths.host(host.name)
-        self._base = base_path(paths.home, state.base)
+        # The uppermost first, as overlayfs wants them.
+        self._lower = [
+            *(layer_path(paths.home, layer) for layer in reversed(host.layers)),
+            base_path(paths.home, state.base),
+        ]
         self._cgroup = Cgroup(state.name, host.name)
         self._request = _Request.NONE
         self._state = HostState(
@@ -98,7 +103,7 @@ class Supervisor:
             path.mkdir(exist_ok=True)
         options = ",".join(
             (
-                f"lowerdir={self._base}",
+                f"lowerdir={':'.join(map(str, self._lower))}",
                 f"upperdir={self._paths.upper}",
                 f"workdir={self._paths.work}",
                 "volatile",

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from lab import host as hosts
-from lab import names, network, relay
+from lab import layer, names, network, relay
 from lab.cgroup import Cgroup
 from lab.errors import LabError, LabNotUp
 from lab.image import base_path, ensure_base
@@ -70,15 +70,18 @@ def up(
     wanted: Sequence[str],
     *,
     gateway_port: int = names.DEFAULT_GATEWAY_PORT,
+    layers: Sequence[str] = (),
     progress: Progress,
 ) -> LabState:
     """Make sure that the wanted hosts run; hosts that run already stay as they are.
 
-    What an `up` that was killed left behind is removed first. Raises LabError.
+    Those that are new get the layers. What an `up` that was killed left behind is removed first.
+    Raises LabError.
     """
     for host in wanted:
         names.allot_octet(host, taken=())
     names.check_lab_name(name)
+    layer.check(layers)
     base = setup(progress=progress)
     paths = LabPaths.of(name)
     with locked(paths):
@@ -95,7 +98,7 @@ def up(
             )
         elif state.base != base.name:
             progress("the recipe of the base image has changed; `down` and `up` to use it")
-        state = _add_hosts(paths, state, wanted)
+        state = _add_hosts(paths, state, wanted, layers=_layers(paths, state, layers, progress))
         _check_ports(paths, state)
         _start_relay(paths, state)
         _start_hosts(paths, state, wanted, progress=progress)
@@ -163,13 +166,38 @@ def _mounts_below(directory: Path) -> list[str]:
     return [point for point in points if Path(point).is_relative_to(directory)]
 
 
-def _add_hosts(paths: LabPaths, state: LabState, wanted: Sequence[str]) -> LabState:
+def _layers(
+    paths: LabPaths, state: LabState, wanted: Sequence[str], progress: Progress
+) -> tuple[str, ...]:
+    """Folders of the layers, over the base image that this lab runs on."""
+    return tuple(
+        layer.ensure(
+            name,
+            home=paths.home,
+            base=base_path(paths.home, state.base),
+            in_use=lambda: _layers_in_use(paths.home),
+            progress=progress,
+        )
+        for name in wanted
+    )
+
+
+def _add_hosts(
+    paths: LabPaths, state: LabState, wanted: Sequence[str], *, layers: tuple[str, ...]
+) -> LabState:
     """The state with the wanted hosts in it, and the files by which SSH knows them."""
     for name in wanted:
-        if any(host.name == name for host in state.hosts):
+        known = [host for host in state.hosts if host.name == name]
+        if known and not set(layers) <= set(known[0].layers):
+            raise LabError(
+                f"{name} is there already, without {', '.join(layers)}; a host gets its layers "
+                f"when it is made: python -m lab --name {state.name} down, then up"
+            )
+        if known:
             continue
         octet = names.allot_octet(name, taken={host.octet for host in state.hosts})
-        state = replace(state, hosts=(*state.hosts, names.HostSpec(name=name, octet=octet)))
+        spec = names.HostSpec(name=name, octet=octet, layers=layers)
+        state = replace(state, hosts=(*state.hosts, spec))
     write_json(paths.state, state.to_json())
     for host in state.hosts:
         hosts.prepare(paths, host)
@@ -419,6 +447,10 @@ def _numbers_in_use(paths: LabPaths) -> set[int]:
 
 def _bases_in_use(home: Path) -> set[str]:
     return {state.base for state in _states(home)}
+
+
+def _layers_in_use(home: Path) -> set[str]:
+    return {layer for state in _states(home) for host in state.hosts for layer in host.layers}
 
 
 def controller_namespace(name: str) -> Path:

@@ -101,10 +101,12 @@ def choose_number(name: str, *, taken: Iterable[int]) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class HostSpec:
-    """One host of a lab: its name, and the last octet of its two addresses."""
+    """One host of a lab: its name, the last octet of its two addresses, and the layers that lie
+    over its base image, by the names of their folders (lab/layer.py)."""
 
     name: str
     octet: int
+    layers: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:

@@ -62,7 +62,10 @@ class LabState:
             "phase": self.phase.value,
             "base": self.base,
             "gateway_port": self.gateway_port,
-            "hosts": [{"name": host.name, "octet": host.octet} for host in self.hosts],
+            "hosts": [
+                {"name": host.name, "octet": host.octet, "layers": list(host.layers)}
+                for host in self.hosts
+            ],
         }
 
     @classmethod
@@ -82,7 +85,10 @@ class LabState:
             phase=LabPhase(found["phase"]),
             base=found["base"],
             gateway_port=found["gateway_port"],
-            hosts=tuple(names.HostSpec(**host) for host in found["hosts"]),
+            hosts=tuple(
+                names.HostSpec(**{**host, "layers": tuple(host.get("layers", ()))})
+                for host in found["hosts"]
+            ),
         )
 
     def host(self, name: str) -> names.HostSpec:
