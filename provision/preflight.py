@@ -26,7 +26,7 @@ from pyinfra.api.inventory import Inventory
 
 from gpu_service import admission, bundle
 from gpu_service.dispatch import StartupError
-from provision import rendering
+from provision import quality, rendering
 from provision.rendering import CHECKOUT
 from provision.settings import (
     SERVING,
@@ -186,6 +186,7 @@ def _checked(inventory: Inventory, *, with_files: bool, needed: Iterable[Group])
         problems += error.problems
     if with_files:
         problems += _bundle_problems(hosts)
+        problems += _quality_problems(fleet) if fleet else []
         problems += _file_problems(fleet) if fleet else []
         problems += _template_problems(fleet) if fleet else []
     if problems or fleet is None:
@@ -218,6 +219,24 @@ def _bundle_problems(hosts: Iterable[HostInput]) -> list[str]:
         except bundle.BundleError as error:
             problems.append(f"model {model}: {error}")
     return problems
+
+
+def _quality_problems(fleet: Fleet) -> list[str]:
+    """Bundles that were measured worse than a host's settings want, each figure once."""
+    problems: dict[str, None] = {}
+    for worker in fleet.workers.values():
+        try:
+            folder = bundle_folder(worker.model)
+        except bundle.BundleError:
+            continue  # `_bundle_problems` says so
+        training = bundle.read_manifest(folder).training
+        missed = quality.problems(
+            training.metrics if training else {},
+            at_least=worker.min_metrics,
+            at_most=worker.max_metrics,
+        )
+        problems |= dict.fromkeys(f"model {worker.model} ({folder.name}): {m}" for m in missed)
+    return list(problems)
 
 
 def _file_problems(fleet: Fleet) -> list[str]:

@@ -27,6 +27,7 @@ from gpu_service.training import settings as training_settings
 
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Seconds = Annotated[int, Field(strict=True, ge=1, le=30 * 24 * 3600)]
+Metric = Annotated[float, Field(allow_inf_nan=False)]
 # Names that end up in a configuration file, a path or a command line: no blanks, no quotes,
 # no semicolons, whatever quoting the place uses.
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
@@ -406,6 +407,16 @@ class WorkerSettings(PythonSettings):
         default="models/digits",
         description="Bundle to serve, relative to the checkout: a version's folder, or the "
         "model's folder for its newest version.",
+    )
+    min_metrics: dict[str, Metric] = Field(
+        default_factory=dict,
+        description="Least that the bundle's metrics may be, for example "
+        '`{"test_accuracy": 0.98}`. A bundle that was measured worse, or not at all, is refused '
+        "before anything is touched. `python -m gpu_service inspect BUNDLE` shows its metrics.",
+    )
+    max_metrics: dict[str, Metric] = Field(
+        default_factory=dict,
+        description='Most that they may be, for example `{"test_loss": 0.6}`.',
     )
     worker_device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",

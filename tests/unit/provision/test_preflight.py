@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
+import torch
+
+from gpu_service import bundle
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 
@@ -98,3 +102,47 @@ def test_keys_of_pyinfra_itself_are_no_unknown_settings(tmp_path: Path, key: str
     output = deploy(tmp_path, gateways=GOOD_GATEWAY, workers=worker)
     assert "unknown setting unknown_one" in output
     assert f"unknown setting {key}" not in output
+
+
+def write_bundle(directory: Path, metrics: dict[str, float]) -> Path:
+    tensor = (bundle.TensorSpec(name="x", datatype="FP32", shape=()),)
+    return bundle.write(
+        directory=directory,
+        name="numbers",
+        version="v1",
+        architecture=bundle.Architecture(name="my.nets:Identity", arguments={}),
+        inputs=tensor,
+        outputs=(bundle.TensorSpec(name="y", datatype="FP32", shape=()),),
+        labels=(),
+        state_dict={"a": torch.ones(2)},
+        samples={"x": numpy.ones(2, "f4"), "expected.y": numpy.ones(2, "f4")},
+        training=bundle.Training(
+            dataset="d",
+            dataset_sha256="0" * 64,
+            train_samples=1,
+            test_samples=1,
+            epochs=1,
+            seed=0,
+            world_size=1,
+            backend="gloo",
+            torch="2",
+            metrics=metrics,
+        ),
+    )
+
+
+def test_a_bundle_below_the_stated_metrics_is_refused_with_the_figures(tmp_path: Path) -> None:
+    model = write_bundle(tmp_path, {"test_accuracy": 0.93, "test_loss": 0.7})
+    data = '"min_metrics": {"test_accuracy": 0.98}, "max_metrics": {"test_loss": 0.6, "lag": 1}'
+    worker = f'{{"address": "10.0.0.21", "model": "{model}", {data}}}'
+    output = deploy(
+        tmp_path,
+        gateways=GOOD_GATEWAY,
+        workers=f'("gpu1", {worker}), ("gpu2", {worker.replace("21", "22")})',
+    )
+    assert "test_accuracy is 0.93, and min_metrics wants at least 0.98" in output
+    assert "test_loss is 0.7, and max_metrics wants at most 0.6" in output
+    assert "no metric lag, of which a bar is set; its metrics: test_accuracy, test_loss" in output
+    assert output.count("test_accuracy is 0.93") == 1  # the same bundle on two hosts
+    assert "nothing was touched" in output
+    assert "Connecting" not in output
