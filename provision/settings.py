@@ -533,6 +533,11 @@ class TrainerSettings(PythonSettings):
         default="auto",
         description="Processes on the host; `auto` is one a GPU, and one where there is none.",
     )
+    train_threads: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=1024)] = Field(
+        default="auto",
+        description="Threads of each process (`OMP_NUM_THREADS`); `auto` shares the host's cores "
+        "among its processes.",
+    )
     train_max_restarts: Annotated[int, Field(strict=True, ge=0, le=1000)] = Field(
         default=3, description="How often torchrun starts the processes again after a failure."
     )

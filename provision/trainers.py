@@ -348,6 +348,8 @@ def launch(
         "JOIN_TIMEOUT_S": str(settings.train_join_timeout_s),
         "NNODES": str(len(fleet.trainers)),
     }
+    if settings.train_threads != "auto":
+        environment["OMP_NUM_THREADS"] = str(settings.train_threads)
     if not uses_gpu(settings, planned.hardware):
         environment["CUDA_VISIBLE_DEVICES"] = ""
     if through_slurm:

