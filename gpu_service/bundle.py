@@ -30,6 +30,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 SAMPLES = "samples.safetensors"
+PICTURE = "confusion.svg"  # for people; no program reads it
 LABEL = "label"  # the tensor in SAMPLES that holds the true labels, where they are known
 EXPECTED = "expected."  # prefix of the tensors in SAMPLES that hold the model's own outputs
 ANY = -1  # a dynamic dimension in a shape
@@ -177,7 +178,9 @@ def verify(path: Path) -> Manifest:
     """
     manifest = read_manifest(path)
     problems = [
-        problem for name in _FILES for problem in _file_problems(path / name, manifest.files[name])
+        problem
+        for name, entry in manifest.files.items()
+        for problem in _file_problems(path / name, entry)
     ]
     if problems:
         raise BundleError(_listed(str(path), problems))
@@ -336,6 +339,7 @@ def write(
     state: tuple[TensorSpec, ...] = (),
     feedback: Mapping[str, str] | None = None,
     done: str | None = None,
+    picture: str = "",
     version: str | None = None,
     check: Callable[[Path], None] | None = None,
 ) -> Path:
@@ -343,8 +347,9 @@ def write(
 
     Everything is written and synced in a hidden folder beside it, which is then renamed: a
     crash leaves that hidden folder, which no reader looks at. `check` gets it before that, and
-    what it raises keeps the version from being. `samples` as in `load_samples`. Raises
-    BundleError for bad content, an existing version or a folder that cannot be written.
+    what it raises keeps the version from being. `samples` as in `load_samples`; `picture` is an
+    SVG file for people, or nothing. Raises BundleError for bad content, an existing version or a
+    folder that cannot be written.
     """
     import safetensors.torch
 
@@ -357,6 +362,8 @@ def write(
             {key: numpy.ascontiguousarray(array) for key, array in samples.items()}
         ),
     }
+    if picture:
+        contents[PICTURE] = picture.encode()
     manifest = Manifest(
         format=FORMAT,
         name=name,
@@ -454,9 +461,9 @@ def _manifest_problems(manifest: Manifest) -> Iterator[str]:
     classes = manifest.outputs[0].shape[-1:] if manifest.outputs else ()
     if manifest.labels and classes != (len(manifest.labels),):
         yield f"{len(manifest.labels)} labels for an output of {list(classes)} values"
-    for file in sorted(manifest.files.keys() ^ set(_FILES)):
+    for file in sorted(manifest.files.keys() - {PICTURE} ^ set(_FILES)):
         kind = "unknown" if file in manifest.files else "missing"
-        yield f"files: {kind} file {file!r}; a bundle has exactly {', '.join(_FILES)}"
+        yield f"files: {kind} file {file!r}; a bundle has {', '.join(_FILES)}, maybe {PICTURE}"
     for file, entry in manifest.files.items():
         if not _SHA256.fullmatch(entry.sha256) or entry.bytes < 0:
             yield f"files: {file!r} needs 64 hex digits of sha256 and a size in bytes"

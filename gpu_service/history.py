@@ -66,7 +66,11 @@ def differences(before: Manifest, after: Manifest) -> Iterator[str]:
         if name not in facts:
             facts[name] = (str(old.settings.get(name)), str(new.settings.get(name)))
     yield from (f"{name}: {a} → {b}" for name, (a, b) in facts.items() if a != b)
-    if old.dataset_sha256 != new.dataset_sha256 or old.test_samples != new.test_samples:
+    if (
+        old.dataset_sha256 != new.dataset_sha256
+        or old.split != new.split
+        or old.test_samples != new.test_samples
+    ):
         yield "the metrics are of different test samples: they say little about each other"
 
 

@@ -51,8 +51,8 @@ def svg(run: Report) -> str:
         f'fill="{_TEXT}">',
         f"<title>{html.escape(title)}</title>",
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
-        _label(_LEFT, 26, title, size=16),
-        _label(_LEFT, 46, note),
+        label(_LEFT, 26, title, size=16),
+        label(_LEFT, 46, note),
         *first.frame([(at, f"{at:g}") for at in _round_steps(first.width_units)], "seconds"),
         *(first.line(points, _COLOURS[name]) for name, points in over_time.items()),
         *(first.mark(at) for at in failed),
@@ -84,13 +84,13 @@ class _Panel:
         for value_ms in self._scale:
             x, y = self._at(0, value_ms)
             parts.append(f'<path d="M{x:.1f} {y:.1f}h{_PANEL_WIDTH}" stroke="{_GRID}"/>')
-            parts.append(_label(x - 6, y + 4, f"{value_ms:g} ms", anchor="end"))
+            parts.append(label(x - 6, y + 4, f"{value_ms:g} ms", anchor="end"))
         for at, text in ticks:
             x, _ = self._at(at, 1)
             parts.append(f'<path d="M{x:.1f} {_TOP}V{bottom}" stroke="{_GRID}"/>')
-            parts.append(_label(x, bottom + 18, text, anchor="middle"))
+            parts.append(label(x, bottom + 18, text, anchor="middle"))
         middle = self._x + _PANEL_WIDTH / 2
-        parts.append(_label(middle, bottom + 38, unit, anchor="middle"))
+        parts.append(label(middle, bottom + 38, unit, anchor="middle"))
         return parts
 
     def line(self, points: Points, colour: str) -> str:
@@ -102,7 +102,8 @@ class _Panel:
         return f'<path d="M{x:.1f} {_TOP}v8" stroke="#cc0000" stroke-width="2"/>'
 
 
-def _label(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12) -> str:
+def label(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12) -> str:
+    """A text at a point, which is where it begins, or with another `anchor` its middle or end."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}">'
         f"{html.escape(text)}</text>"
@@ -115,7 +116,7 @@ def _legend(names: Iterable[str]) -> list[str]:
         x, y = _LEFT + 70 * number, _TOP + _PANEL_HEIGHT + 56
         colour = _COLOURS.get(name, "#cc0000")
         parts.append(f'<path d="M{x} {y - 4}h18" stroke="{colour}" stroke-width="2"/>')
-        parts.append(_label(x + 24, y, name))
+        parts.append(label(x + 24, y, name))
     return parts
 
 

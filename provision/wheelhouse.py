@@ -6,7 +6,7 @@ and SHA-256; the lock is written last, so a folder without one is an interrupted
 packages of your own (`worker_packages`) carries a digest of them behind its name.
 
     python -m provision.wheelhouse build [--torch cpu|cuda] [--torch-index URL] [--package P …]
-    python -m provision.wheelhouse data     what training reads its images from (trainers only)
+    python -m provision.wheelhouse data     what training reads its data from (trainers only)
 """
 
 from __future__ import annotations

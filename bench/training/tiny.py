@@ -69,6 +69,38 @@ def make(*, random: bool, count: int = 85, dtype: str = "float64") -> Task:
     )
 
 
+class Memory(nn.Module):
+    """A step [n, 2] of a stream and the state [n, 5] → logits [n, 3] and the new state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(2, 5)
+        self.classes = nn.Linear(5, CLASSES)
+        self.to(dtype=torch.float64)
+
+    def forward(self, step: torch.Tensor, seen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """One step."""
+        seen = self.cell(step, seen)
+        return self.classes(seen), seen
+
+
+def streams() -> Task:
+    """40 streams of at most 6 steps; the label -1 stands where one has ended."""
+    return Task(
+        name="tiny-streams",
+        architecture=bundle.Architecture(name="bench.training.tiny:Memory", arguments={}),
+        inputs=(_spec("step", (2,), "float64"),),
+        outputs=(_spec("logits", (CLASSES,), "float64"),),
+        state=(_spec("seen", (5,), "float64"),),
+        streams=True,
+        labels=("a", "b", "c"),
+        source=Source(name="random numbers", sha256="0" * 64),
+        train=_streams(40, seed=3),
+        test=_streams(9, seed=4),
+        loss=_stream_loss,
+    )
+
+
 def samples(count: int, *, seed: int, dtype: str) -> TensorDataset:
     """Images whose class shows in their brightest third, and whose first pixel is their own."""
     generator = torch.Generator().manual_seed(seed)
@@ -79,8 +111,21 @@ def samples(count: int, *, seed: int, dtype: str) -> TensorDataset:
     return TensorDataset(image.to(getattr(torch, dtype)), label)
 
 
-def _noise(image: torch.Tensor) -> tuple[torch.Tensor]:
-    return (image + 0.1 * torch.randn_like(image),)
+def _streams(count: int, *, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.rand((count, 6, 2), generator=generator, dtype=torch.float64)
+    label = (step.sum(dim=2).cumsum(dim=1) % CLASSES).long()
+    length = torch.randint(1, 7, (count, 1), generator=generator)
+    return TensorDataset(step, label.where(torch.arange(6) < length, -1))
+
+
+def _stream_loss(logits: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    losses = cross_entropy(logits.transpose(1, 2), label, ignore_index=-1, reduction="none")
+    return losses.sum(dim=1) / (label >= 0).sum(dim=1)
+
+
+def _noise(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return image + 0.1 * torch.randn_like(image), label
 
 
 def _spec(name: str, shape: tuple[int, ...], dtype: str) -> bundle.TensorSpec:

@@ -17,11 +17,15 @@ import torch
 
 from gpu_service import bundle
 from gpu_service.models.digits import DigitsCNN
+from gpu_service.models.watch import WatchGRU
 
 ENTRY_POINTS = "gpu_service.models"
 
 # No entry point takes the place of one of these: bundles of training name them.
-REGISTRY: Mapping[str, Callable[..., torch.nn.Module]] = {"digits_cnn": DigitsCNN}
+REGISTRY: Mapping[str, Callable[..., torch.nn.Module]] = {
+    "digits_cnn": DigitsCNN,
+    "watch_gru": WatchGRU,
+}
 
 
 def build(architecture: bundle.Architecture, *, factories: tuple[str, ...] = ()) -> torch.nn.Module:

@@ -80,7 +80,7 @@ def split(label: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return numpy.concatenate(train), numpy.stack(test, axis=1).ravel()
 
 
-def augment(image: torch.Tensor) -> tuple[torch.Tensor]:
+def augment(image: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each image [n, 1, h, w] turned, stretched, slanted and shifted a little, at random."""
 
     def uniform(limit: float) -> torch.Tensor:
@@ -91,7 +91,7 @@ def augment(image: torch.Tensor) -> tuple[torch.Tensor]:
     row_x = torch.stack([angle.cos() * wide, slant - angle.sin() * high, uniform(0.12)], dim=1)
     row_y = torch.stack([angle.sin() * wide, angle.cos() * high, uniform(0.12)], dim=1)
     grid = affine_grid(torch.stack([row_x, row_y], dim=1), list(image.shape), align_corners=False)
-    return (grid_sample(image, grid, align_corners=False),)
+    return grid_sample(image, grid, align_corners=False), label
 
 
 def _samples(image: NDArray[Any], label: NDArray[Any]) -> TensorDataset:

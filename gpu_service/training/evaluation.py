@@ -16,7 +16,10 @@ from gpu_service.training.task import Samples, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
-    """Means over all samples; with labels, `confusion[true][predicted]` counts them."""
+    """Means over all samples; with labels, `confusion[true][predicted]` counts them.
+
+    Of streams, it counts their answers, and so does the accuracy.
+    """
 
     metrics: dict[str, float]
     confusion: tuple[tuple[int, ...], ...] = ()
@@ -39,6 +42,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
+    whole = task.whole(model)
     turns = data.Turns(
         len(samples), batch_size=batch_size, rank=dist.get_rank(), world_size=dist.get_world_size()
     )
@@ -48,13 +52,14 @@ def evaluate(
     count = 0
     for batch in data.load(samples, turns, workers=workers, pin=device.type == "cuda"):
         inputs, targets = task.divide(data.moved(batch, device))
-        outputs = task.outputs_of(model, inputs)
+        outputs = whole(*inputs)
         values: dict[str, torch.Tensor] = {"loss": task.loss(*outputs, *targets)}
         values |= task.measure(*outputs, *targets) if task.measure else {}
         for name, value in values.items():
             sums[name] = sums.get(name, 0) + value.double().sum()
         if classes:
-            pairs = targets[0] * classes + outputs[0].argmax(dim=-1)
+            label, answer = targets[0], outputs[0].argmax(dim=-1)
+            pairs = (label * classes + answer)[label >= 0]
             confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
         count += len(inputs[0])
     model.train(was_training)
@@ -103,6 +108,6 @@ def _together(
         raise AssertionError(f"{total[0]:g} of {expected} samples were evaluated")
     metrics = dict(zip(every, (total[1:] / total[0]).tolist(), strict=True))
     table = tuple(tuple(row) for row in confusion.tolist())
-    if table:
-        metrics["accuracy"] = sum(row[index] for index, row in enumerate(table)) / expected
+    if answers := sum(map(sum, table)):
+        metrics["accuracy"] = sum(row[index] for index, row in enumerate(table)) / answers
     return Result(metrics=metrics, confusion=table)

@@ -35,7 +35,7 @@ class Learner:
         self.average = averaged(self.model, settings.ema) if settings.ema else None
         if settings.compile:
             self.model.compile()
-        self.parallel = wrap(self.model, settings, device)
+        self.parallel = wrap(task.whole(self.model), settings, device)
         self.optimizer = optimizer(self.parallel, settings)
         # Keeps the small gradients of fp16 from becoming zero; does nothing otherwise.
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")

@@ -102,9 +102,10 @@ class Run:
         for step, batch in enumerate(self.loader, start=first):
             # All that is random in a step follows from its position: nothing to restore.
             data.seed_step(self.device, self.settings.seed, epoch, step, self.place.rank)
-            inputs, targets = self.task.divide(data.moved(batch, self.device))
+            sample = data.moved(batch, self.device)
             if self.task.augment:
-                inputs = self.task.augment(*inputs)
+                sample = self.task.augment(*sample)
+            inputs, targets = self.task.divide(sample)
             loss = self.learner.step(
                 inputs,
                 targets,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.data import default_collate
 
-from gpu_service import bundle
+from gpu_service import bundle, confusion
 from gpu_service.training import evaluation
 from gpu_service.training import settings as _settings
 from gpu_service.training.evaluation import Result
@@ -52,6 +52,7 @@ def write(
     if settings.snapshots and (path / bundle.MANIFEST).exists():
         bundle.verify(path)
         return path
+    history = _history(settings, task, trained, result)
     return bundle.write(
         directory=settings.output,
         name=name,
@@ -61,7 +62,8 @@ def write(
         outputs=task.outputs,
         labels=task.labels,
         state=task.state,
-        training=_history(settings, task, trained, result),
+        training=history,
+        picture=confusion.svg(history, title=f"{name} {trained.version}"),
         state_dict=model.state_dict(),
         samples=_golden(task, model),
     )
@@ -69,10 +71,14 @@ def write(
 
 @torch.inference_mode()
 def _golden(task: Task, model: nn.Module) -> dict[str, NDArray[Any]]:
-    """The first test samples, what the model answers, and the labels where there are any."""
+    """The first test samples, what the model answers, and the labels where there are any.
+
+    Of streams, it is their first steps.
+    """
     count = min(GOLDEN_SAMPLES, len(task.test))
-    inputs, targets = task.divide(default_collate([task.test[at] for at in range(count)]))
-    outputs = task.outputs_of(model.eval(), inputs)
+    sample = default_collate([task.test[at] for at in range(count)])
+    inputs, targets = task.divide(task.first(sample))
+    outputs = task.step(model.eval())(*inputs)
     golden = {spec.name: tensor.numpy() for spec, tensor in zip(task.inputs, inputs, strict=True)}
     for spec, tensor in zip(task.outputs, outputs, strict=True):
         golden[bundle.EXPECTED + spec.name] = tensor.numpy()

@@ -59,6 +59,15 @@ def main() -> None:
             trained = train(tiny.make(random=True, dtype="float32"), place, device, changes)
             tensors |= {f"{way}: {key}": value for key, value in trained.weights.items()}
             report[way] = trained.curve[-1]["loss"]
+        trained = train(tiny.streams(), place, device, {"epochs": 5})
+        tensors |= {f"streams: {key}": value for key, value in trained.weights.items()}
+        result = evaluation.evaluate(
+            task=tiny.streams(),
+            model=model_of(tiny.streams(), trained.weights),
+            samples=tiny.streams().test,
+            device=device,
+        )
+        report["streams"] = {"metrics": result.metrics, "confusion": result.confusion}
         early = {"epochs": 40, "validation": 0.2, "patience": 2, "learning_rate": 0.1}
         trained = train(tiny.make(random=False), place, device, early)
         tensors |= {f"early: {key}": value for key, value in trained.weights.items()}
@@ -93,10 +102,15 @@ def validation_loss(weights: dict[str, torch.Tensor], device: torch.device) -> f
 
     task = tiny.make(random=False)
     _, held_out = data.hold_out(task.train, 0.2)
-    model = task.build()
-    model.load_state_dict(weights)
+    model = model_of(task, weights)
     result = evaluation.evaluate(task=task, model=model, samples=held_out, device=device)
     return result.metrics["loss"]
+
+
+def model_of(task: Task, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    model = task.build()
+    model.load_state_dict(weights)
+    return model
 
 
 def divergence(place: distributed.Placement, device: torch.device) -> str:

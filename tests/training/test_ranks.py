@@ -54,6 +54,30 @@ def test_many_ranks_compute_what_one_does(results: dict[int, Any], name: str) ->
             torch.testing.assert_close(tensors[key], value, rtol=0, atol=BARS[name], msg=key)
 
 
+def test_many_ranks_learn_from_streams_what_one_does(results: dict[int, Any]) -> None:
+    """DDP sees one call a batch, however many steps its streams have."""
+    alone = part(results[1][0][0], "streams")
+    assert set(alone) == {f"streams: {name}" for name in tiny.Memory().state_dict()}
+    torch.manual_seed(0)
+    begun = tiny.streams().build().state_dict()
+    assert (alone["streams: cell.weight_hh"] - begun["cell.weight_hh"]).abs().max() > 0.01
+    for tensors, _ in results[3]:
+        for key, value in alone.items():
+            torch.testing.assert_close(tensors[key], value, rtol=0, atol=1e-10, msg=key)
+
+
+def test_of_streams_each_answer_counts_and_none_after_their_end(results: dict[int, Any]) -> None:
+    task = tiny.streams()
+    _, label = task.test.tensors
+    reports = [report["streams"] for _, report in (*results[1], *results[3])]
+    assert all(report["confusion"] == reports[0]["confusion"] for report in reports)
+    assert all(report["metrics"] == pytest.approx(reports[0]["metrics"]) for report in reports)
+    confusion = torch.tensor(reports[0]["confusion"])
+    assert confusion.sum(dim=1).tolist() == [int((label == of).sum()) for of in range(3)]
+    hits, answers = confusion.trace().item(), (label >= 0).sum().item()
+    assert reports[0]["metrics"]["accuracy"] == hits / answers
+
+
 def test_each_way_to_train_leads_elsewhere(results: dict[int, Any]) -> None:
     """Otherwise the comparison above would compare nothing."""
     tensors = results[1][0][0]

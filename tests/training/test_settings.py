@@ -136,7 +136,7 @@ def test_a_loss_of_the_whole_batch_is_refused() -> None:
     task = dataclasses.replace(tiny.task(), loss=torch.nn.functional.cross_entropy)
     inputs, targets = task.divide(task.train[:4])
     with pytest.raises(TrainingError, match=r"its loss has shape \[\] for a batch of 4; .*none"):
-        task.losses(task.build(), inputs, targets)
+        task.losses(task.whole(task.build()), inputs, targets)
 
 
 # ------------------------------------------------------------------------------ batches
@@ -314,7 +314,7 @@ def test_another_file_in_its_place_is_refused(
 def augmented(images: Any, seed: int) -> torch.Tensor:
     image = images[0].tensors[0][:1].expand(64, -1, -1, -1)
     torch.manual_seed(seed)
-    return digits.augment(image)[0]
+    return digits.augment(image, torch.zeros(64))[0]
 
 
 def test_augmentation_gives_each_image_its_own_small_change(images: Any) -> None:

@@ -103,6 +103,18 @@ def test_the_manifest_has_the_documented_shape(path: Path) -> None:
     }
 
 
+def test_a_picture_is_pinned_like_every_file(tmp_path: Path) -> None:
+    path = write(tmp_path, picture="<svg/>")
+    assert (path / "confusion.svg").read_text() == "<svg/>"
+    assert set(bundle.verify(path).files) == {p.name for p in path.iterdir()} - {"manifest.json"}
+    (path / "confusion.svg").write_text("<SVG/>")
+    with pytest.raises(bundle.BundleError, match=r"confusion\.svg: sha256"):
+        bundle.verify(path)
+    (path / "confusion.svg").unlink()
+    with pytest.raises(bundle.BundleError, match=r"confusion\.svg: No such file"):
+        bundle.verify(path)
+
+
 def test_the_same_content_gives_the_same_weights_file(tmp_path: Path) -> None:
     one, other = write(tmp_path / "one"), write(tmp_path / "other")
     weights = [bundle.read_manifest(path).files["model.safetensors"] for path in (one, other)]
