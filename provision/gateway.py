@@ -10,7 +10,7 @@ import ipaddress
 from pyinfra import host
 from pyinfra.api import deploy
 
-from provision import facts, operations, record, rendering, sizing
+from provision import facts, metrics, operations, record, rendering, sizing
 from provision.operations import ManagedFile
 from provision.preflight import RefusedError
 from provision.settings import (
@@ -34,7 +34,12 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
             name="SELinux lets nginx connect", boolean="httpd_can_network_connect"
         )
     operations.selinux_mode(name=f"SELinux is {settings.selinux_mode}", mode=settings.selinux_mode)
-    operations.firewalld(name="Public port is open", role="gateway", ports=public_ports(settings))
+    operations.firewalld(
+        name="Public port is open",
+        role="gateway",
+        ports=public_ports(settings),
+        ports_from={settings.metrics_port: settings.metrics_from} if settings.metrics_port else {},
+    )
     if settings.tls_self_signed:
         operations.self_signed_certificate(
             name="Certificate of its own",
@@ -49,6 +54,7 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
         main=configuration,
         probe=settings.probe,
     )
+    metrics.exporter(settings)
 
 
 @deploy("Gateway rollback")

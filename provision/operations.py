@@ -212,20 +212,25 @@ def selinux_mode(mode: str) -> Commands:
         yield record.found("selinux", "mode", f"{found.running} {found.configured}")
         yield record.wrote("selinux", "mode", wanted)
     if configures:
-        # The file may hold comments and SELINUXTYPE: only the one line changes. Edited beside
-        # and renamed; the label is the old file's.
-        yield script(
-            'cp -a "$1" "$1.candidate" && '
-            'sed -i "s/^SELINUX=.*/SELINUX=$2/" "$1.candidate" && mv -f "$1.candidate" "$1"',
-            "/etc/selinux/config",
-            wanted.value,
-        )
+        yield selinux_configured(wanted.value)
     if found.running is SelinuxMode.ABSENT:
         host.noop("this host has no SELinux")
     elif switches:
         yield quoted("setenforce", "1" if wanted is SelinuxMode.ENFORCING else "0")
     elif found.running is not wanted:
         host.log(f"SELinux is {found.running} and becomes {wanted} at the next boot only")
+
+
+def selinux_configured(mode: str) -> StringCommand:
+    """The mode of the next boot. The file may hold comments and SELINUXTYPE: only the one line
+    changes. Edited beside and renamed; the label is the old file's.
+    """
+    return script(
+        'cp -a "$1" "$1.candidate" && '
+        'sed -i "s/^SELINUX=.*/SELINUX=$2/" "$1.candidate" && mv -f "$1.candidate" "$1"',
+        "/etc/selinux/config",
+        mode,
+    )
 
 
 @operation()
@@ -281,7 +286,7 @@ def firewalld(
         if entry not in mine | others:
             yield record.firewall(role, "shut", entry)
         if entry not in others:
-            yield from _firewall_cmd("remove", entry, having=found)
+            yield from firewall_cmd("remove", entry, having=found)
         if entry in mine:
             yield record.firewall(role, "closed", entry)
 
@@ -298,14 +303,14 @@ def _opened(
         is_open = entry in found.permanent and entry in found.runtime
         if entry not in mine and (entry in ours or not is_open):
             yield record.firewall(role, "opened", entry)
-        yield from _firewall_cmd("add", entry, lacking=found)
+        yield from firewall_cmd("add", entry, lacking=found)
 
 
 def _lets_in(entry: str, place: int | str) -> bool:
     return entry == f"{place}/tcp" or f'port="{place}"' in entry
 
 
-def _firewall_cmd(
+def firewall_cmd(
     verb: str,
     entry: str,
     *,
@@ -377,7 +382,7 @@ def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, probe: str) -> Co
     yield quoted("rm", "-f", "--", *(managed.candidate for managed in files))
     for managed in differing:
         yield from _stage(managed)
-    yield _nginx_check(main.candidate if main in differing else main.path)
+    yield nginx_check(main.candidate if main in differing else main.path)
     yield record.unit("nginx.service")
     yield _nginx_activate(probe, digest, *(managed.path for managed in files))
 
@@ -465,7 +470,7 @@ def _nginx_activate(*arguments: str) -> StringCommand:
     return quoted("bash", "-c", text, "nginx-activate", *arguments)
 
 
-def _nginx_check(path: str) -> StringCommand:
+def nginx_check(path: str) -> StringCommand:
     """`nginx -t` of the target on a configuration, which leaves no pid file behind.
 
     `nginx -t` creates the pid file; made from a shell while nginx is stopped, it carries the

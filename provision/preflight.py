@@ -43,6 +43,11 @@ from provision.settings import (
 ROLLBACK = "rollback"
 SIDES = frozenset({"workers", "gateways"})
 
+# What `--data keep=…` may say, for uninstall.py: what stays on the hosts, apart by commas.
+KEEP = "keep"
+KEEPABLE = frozenset({"models", "logs"})
+NOTHING = "nothing"
+
 # What `--data train=…` may say, for train.py.
 TRAIN = "train"
 VERBS = ("start", "status", "stop")
@@ -55,7 +60,7 @@ FOREIGN_KEYS = (
         for key in connector.data_cls.__annotations__
     )
     | {name for name, _ in all_global_arguments()}
-    | {ROLLBACK, TRAIN}
+    | {ROLLBACK, TRAIN, KEEP}
 )
 
 # Inventory files that are being read now: reading one executes it again.
@@ -122,6 +127,8 @@ def _runs(deploy: str) -> bool:
 
 def _needed() -> tuple[Group, ...]:
     """Groups that must not be empty for what is being run."""
+    if _runs("uninstall.py"):
+        return ()
     return TRAINING if _runs("train.py") else SERVING
 
 
@@ -157,6 +164,16 @@ def rollback_sides(host: Any) -> frozenset[str]:
     if wanted not in SIDES:
         raise RefusedError([f"rollback is {wanted!r}; it may be {' or '.join(sorted(SIDES))}"])
     return frozenset({wanted})
+
+
+def kept(host: Any) -> frozenset[str]:
+    """What `uninstall.py` leaves on the hosts: the logs, or what `--data keep=…` says."""
+    wanted = host.data.get(KEEP, "logs")
+    words = {word.strip() for word in str(wanted).split(",")} - {NOTHING}
+    if not words <= KEEPABLE:
+        choices = f"{', '.join(sorted(KEEPABLE))}, both with a comma between them, or {NOTHING}"
+        raise RefusedError([f"keep is {wanted!r}; it may be {choices}"])
+    return frozenset(words)
 
 
 def train_verb(host: Any) -> str:

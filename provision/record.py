@@ -163,7 +163,8 @@ class Record:
 
     found: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # kind -> key -> value
     wrote: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
-    came: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # kind -> names
+    # What an installation brought: the package that was asked for -> package, user, group -> names.
+    came: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     firewall: Mapping[str, Firewall] = field(default_factory=dict)
 
     def of(self, kind: str) -> Mapping[str, str]:
@@ -180,7 +181,7 @@ def parse(lines: Iterable[str]) -> Record:
     """What a journal says. A line that a crash cut short is left out. Pure."""
     found: dict[str, dict[str, str]] = defaultdict(dict)
     wrote: dict[tuple[str, str], set[str]] = defaultdict(set)
-    came: dict[str, dict[str, None]] = defaultdict(dict)
+    came: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     firewall: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for line in lines:
         words = line.split("\t")
@@ -194,11 +195,14 @@ def parse(lines: Iterable[str]) -> Record:
         elif aspect == "wrote":
             wrote[kind, key].add(value)
         elif aspect.startswith("came-"):
-            came[aspect.removeprefix("came-")][value] = None
+            came[key][aspect.removeprefix("came-")].append(value)
     return Record(
         found=dict(found),
         wrote={key: frozenset(values) for key, values in wrote.items()},
-        came={kind: tuple(names) for kind, names in came.items()},
+        came={
+            package: {kind: tuple(names) for kind, names in kinds.items()}
+            for package, kinds in came.items()
+        },
         firewall={role: _firewall(changes) for role, changes in firewall.items()},
     )
 

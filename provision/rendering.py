@@ -25,6 +25,7 @@ STATIC_FILES = (
     "nginx.logrotate",
     "handshake.sh",
     "nginx-activate.sh",
+    "nginx_exporter.py",
     "record.sh",
     "worker-switch.sh",
 )

@@ -83,7 +83,23 @@ SELF_SIGNED_KEY = "/etc/pki/gpu-gateway/self-signed.key"
 UNSEEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108
 
 
-class GatewaySettings(CommonSettings):
+class _Scraped(CommonSettings):
+    """Of hosts whose metrics somebody collects."""
+
+    metrics_from: tuple[str, ...] = Field(
+        default=(),
+        description="IP addresses that may read this host's metrics, beside the host itself: those "
+        "of Prometheus. On a worker that is its port with all that it serves.",
+    )
+
+    @model_validator(mode="after")
+    def _collectors_are_addresses(self) -> Self:
+        for address in self.metrics_from:
+            ipaddress.ip_address(address)
+        return self
+
+
+class GatewaySettings(_Scraped):
     """Of hosts in `gateways`: nginx in front of the workers."""
 
     profile: Literal["reference", "hardened"] = Field(
@@ -190,6 +206,12 @@ class GatewaySettings(CommonSettings):
         description="Port on the gateway's loopback address with nginx's counters (`stub_status`, "
         "at `/status`). None: none.",
     )
+    metrics_port: Port | None = Field(
+        default=None,
+        description="Port with nginx's counters for Prometheus, at `/metrics`: usually 9113. On "
+        "the loopback address alone, unless `metrics_from` names others. Needs `status_port`. "
+        "None: no exporter.",
+    )
     access_log_format: Literal["main", "json"] = Field(
         default="main",
         description="`main`: the usual format, and behind it what a WebSocket needs. `json`: one "
@@ -268,6 +290,15 @@ class GatewaySettings(CommonSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = [*self._tls_problems(), *self._sandbox_problems()]
+        if self.metrics_port and not self.status_port:
+            problems.append(
+                "metrics_port needs nginx's counters; set status_port, too (8008 suits SELinux)"
+            )
+        if self.metrics_from and not self.metrics_port:
+            problems.append(
+                "metrics_from says who may read the metrics, and there are none; set metrics_port "
+                "and status_port"
+            )
         if self.connections is not None and "worker_connections" in self.model_fields_set:
             problems.append(
                 "connections and worker_connections are both set, and the second follows from the "
@@ -334,6 +365,13 @@ class GatewaySettings(CommonSettings):
         return _bracketed(self.tls_resolver) if self.tls_resolver else None
 
     @property
+    def metrics_listen(self) -> str:
+        """Address that the exporter listens on."""
+        if not self.metrics_from:
+            return "127.0.0.1"
+        return "::" if any(":" in address for address in self.metrics_from) else "0.0.0.0"  # noqa: S104  its unit admits those addresses only
+
+    @property
     def server_names(self) -> list[str]:
         return self.server_name.split()
 
@@ -397,7 +435,7 @@ class PythonSettings(CommonSettings):
     )
 
 
-class WorkerSettings(PythonSettings):
+class WorkerSettings(PythonSettings, _Scraped):
     """Of hosts in `workers`: the inference service."""
 
     worker_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=64)] = Field(
@@ -951,6 +989,8 @@ def _listeners(fleet: Fleet) -> Iterable[tuple[str, int, str]]:
             yield name, gateway.tls_listen_port, "tls_listen_port"
         if gateway.status_port:
             yield name, gateway.status_port, "status_port"
+        if gateway.metrics_port:
+            yield name, gateway.metrics_port, "metrics_port"
     for name, worker in fleet.workers.items():
         for port in dict.fromkeys(worker.worker_ports):
             yield name, port, "worker_ports"

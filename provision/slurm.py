@@ -168,6 +168,7 @@ def make_key(controls: bool) -> Commands:
     """The cluster's key, made once, on the controller."""
     if not controls or host.get_fact(facts.FileStates, paths=(KEY,)).get(KEY):
         return
+    yield record.file(KEY)
     yield script(
         'umask 077; head -c "$2" /dev/urandom >"$1.new" && chown munge:munge "$1.new" && '
         'chmod 400 "$1.new" && mv -fT "$1.new" "$1"',
@@ -205,6 +206,7 @@ def share_key(controls: bool, fleet: Fleet) -> Commands:
     )
     if wanted.matches(host.get_fact(facts.FileStates, paths=(KEY,)).get(KEY)):
         return
+    yield record.file(KEY)
     yield StringCommand(
         *("sh", "-c"),
         QuoteString(
@@ -228,8 +230,10 @@ def services(files: dict[str, Iterable[str]]) -> Commands:
     )
     for unit in files:
         if not found.get(unit, facts.UnitState()).enabled:
+            yield record.unit(unit)
             yield quoted("systemctl", "enable", "--quiet", unit)
         if unit in stale:
+            yield record.unit(unit)
             yield quoted("systemctl", "restart", unit)
 
 

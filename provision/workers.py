@@ -175,7 +175,8 @@ def retire(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
 
 def admitted(settings: WorkerSettings, fleet: Fleet) -> dict[int | str, list[str]]:
     """Who may connect to which port of a worker host."""
-    return {port: fleet.gateway_addresses() for port in settings.worker_ports}
+    addresses = [*fleet.gateway_addresses(), *settings.metrics_from]
+    return dict.fromkeys(settings.worker_ports, addresses)
 
 
 def install(settings: PythonSettings, environment: Environment, release: Release) -> None:
@@ -373,7 +374,7 @@ def unit_files(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> list[Ma
     """
     # The host itself has the address that it listens on; where that is any, loopback is enough.
     listen = [] if settings.listens_everywhere else [settings.worker_listen]
-    clients = [*fleet.gateway_addresses(), *listen]
+    clients = [*fleet.gateway_addresses(), *listen, *settings.metrics_from]
     collector = [settings.collector_address] if settings.collector_address else []
     service = rendering.render(
         "gpu-worker@.service.j2",

@@ -28,7 +28,7 @@ ASKING = (
     "list-units",
     'cat "$1" || true',
     "worker-*.env",
-    "gpu-gateway/record",  # and what is noted of it: test_record.py
+    "record/journal",  # and what is noted of it: test_record.py
 )
 
 

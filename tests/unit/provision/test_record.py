@@ -48,7 +48,7 @@ def test_the_first_note_of_what_was_found_counts() -> None:
     found = record.parse(lines)
     assert found.of("boolean") == {"httpd_can_network_connect": "off"}
     assert found.wrote["file", "/etc/a"] == {"1", "2"}
-    assert found.came == {"user": ("nginx",)}
+    assert found.came == {"nginx": {"user": ("nginx",)}}
     assert found.of("package") == {}
 
 

@@ -1,0 +1,112 @@
+"""nginx's counters for Prometheus: an exporter of our own on each gateway, where a port is set.
+
+Why not nginx-prometheus-exporter: no package of the EL family brings it, so each gateway would need
+a Go binary from elsewhere, for seven numbers; and it does not see what long-lived sockets need told
+most, the processes that a reload left behind. The names are the same, so dashboards fit; whoever
+prefers it points it at `status_port`, and leaves `metrics_port` out.
+
+`python -m provision.metrics inventory.py` names what a Prometheus has to ask (files/prometheus/).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pyinfra import host
+from pyinfra.api import operation
+
+from provision import facts, operations, preflight, record, rendering
+from provision.facts import quoted
+from provision.operations import Commands, ManagedFile
+from provision.settings import Fleet, GatewaySettings
+
+UNIT = "gateway-metrics.service"
+UNIT_FILE = f"/etc/systemd/system/{UNIT}"
+SCRIPT = "/usr/local/libexec/gpu-gateway/nginx_exporter.py"
+
+
+def files(settings: GatewaySettings) -> list[ManagedFile]:
+    """The program and its unit."""
+    unit = rendering.render("gateway-metrics.service.j2", gateway=settings, script=SCRIPT)
+    return [
+        ManagedFile(path=SCRIPT, content=rendering.static("nginx_exporter.py")),
+        ManagedFile(path=UNIT_FILE, content=unit),
+    ]
+
+
+def exporter(settings: GatewaySettings) -> None:
+    """The exporter running where it is wanted, and gone where it is not."""
+    if settings.metrics_port is None:
+        gone(name="No exporter of nginx's counters")
+        return
+    placed = files(settings)
+    operations.place_files(name="Exporter of nginx's counters", files=placed)
+    running(name="It runs", read=tuple(managed.path for managed in placed))
+
+
+@operation()
+def running(read: tuple[str, ...]) -> Commands:
+    """Enabled, and running since its files are as they are.
+
+    + read: the files
+    """
+    found = host.get_fact(facts.UnitStates, units=(UNIT,)).get(UNIT, facts.UnitState())
+    stale = host.get_fact(facts.StaleUnits, units=((UNIT, read),))
+    if found.needs_daemon_reload or stale:
+        yield record.unit(UNIT)
+        yield quoted("systemctl", "daemon-reload")
+    if not found.enabled:
+        yield quoted("systemctl", "enable", "--quiet", UNIT)
+    if stale:
+        yield quoted("systemctl", "restart", UNIT)
+
+
+@operation()
+def gone() -> Commands:
+    """Stopped, and its files removed."""
+    if UNIT_FILE not in host.get_fact(facts.Paths, paths=(UNIT_FILE,)):
+        return
+    yield quoted("systemctl", "disable", "--quiet", "--now", UNIT)
+    yield quoted("rm", "-f", "--", UNIT_FILE, SCRIPT)
+    yield quoted("systemctl", "daemon-reload")
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def targets(fleet: Fleet) -> list[dict[str, Any]]:
+    """Whom to scrape, for Prometheus' `file_sd_configs`: label `job` says what they are. Pure."""
+    gateways = {
+        name: f"{_bracketed(fleet.addresses[name])}:{gateway.metrics_port}"
+        for name, gateway in fleet.gateways.items()
+        if gateway.metrics_port
+    }
+    workers = {
+        f"{name}:{port}": f"{_bracketed(fleet.addresses[name])}:{port}"
+        for name, worker in fleet.workers.items()
+        for port in worker.worker_ports
+    }
+    return [
+        {"targets": [address], "labels": {"job": job, "host": name.partition(":")[0]}}
+        for job, found in (("gateway", gateways), ("worker", workers))
+        for name, address in found.items()
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the targets of an inventory (default: inventory.py)."""
+    try:
+        fleet, _ = preflight.load(*(arguments or ["inventory.py"]))
+    except preflight.RefusedError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(json.dumps(targets(fleet), indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
