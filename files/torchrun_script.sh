@@ -12,6 +12,7 @@
 #   RDZV_ID         a name that all hosts share and no other run has (Slurm: the job's number)
 #   MAX_RESTARTS    how often to start the processes again after a failure (3)
 #   JOIN_TIMEOUT_S  how long to wait for the other hosts (300)
+#   RDZV_CONF       more of torchrun's --rdzv_conf, for example last_call_timeout=3
 #   PYTHON          interpreter that has torch (python3)
 set -eu
 
@@ -68,7 +69,7 @@ exec "${PYTHON:-python3}" -m torch.distributed.run \
     --rdzv_id="$RDZV_ID" \
     --rdzv_backend=c10d \
     --rdzv_endpoint="$MASTER_ADDR:$MASTER_PORT" \
-    --rdzv_conf="is_host=$is_host,join_timeout=${JOIN_TIMEOUT_S:-300}" \
+    --rdzv_conf="is_host=$is_host,join_timeout=${JOIN_TIMEOUT_S:-300}${RDZV_CONF:+,$RDZV_CONF}" \
     --local_addr="$address" \
     --max_restarts="${MAX_RESTARTS:-3}" \
     -m gpu_service.training "$@"

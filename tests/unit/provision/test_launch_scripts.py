@@ -99,6 +99,14 @@ def test_the_first_host_holds_the_rendezvous(commands: Path) -> None:
     assert "--local_addr=10.0.0.32" in told
 
 
+def test_an_elastic_run_says_how_long_it_waits_for_more_hosts(commands: Path) -> None:
+    told = launched(
+        commands, MASTER_ADDR="10.0.0.31", NNODES="1:2", RDZV_CONF="last_call_timeout=3"
+    ).stdout.splitlines()
+    assert "--nnodes=1:2" in told
+    assert "--rdzv_conf=is_host=0,join_timeout=300,last_call_timeout=3" in told
+
+
 def test_a_hostname_that_means_loopback_at_home_does_not_end_up_there(commands: Path) -> None:
     told = launched(commands, MASTER_ADDR="host2", NNODES="2").stdout.splitlines()
     assert "--rdzv_conf=is_host=1,join_timeout=300" in told
