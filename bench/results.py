@@ -2,8 +2,8 @@
 
 A row is name, value, unit, bar, whether the bar holds, and the command, the date and the machine
 that measured it, with the share of the machine that other programs used meanwhile. On a machine
-that was not quiet no bar holds or is missed: ratios of such a run can be anything. Several programs
-may write into one file: rows of other names stay.
+that was not quiet no bar holds or is missed, but of a count: ratios of such a run can be anything.
+Several programs may write into one file: rows of other names stay.
 """
 
 from __future__ import annotations
@@ -25,13 +25,17 @@ _MOST_BY_OTHERS = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One figure. `at_most` or `at_least` is its bar; without one it is for information."""
+    """One figure. `at_most` or `at_least` is its bar; without one it is for information.
+
+    `counted`: a count or an equality, which a busy machine does not change.
+    """
 
     name: str
     value: float
     unit: str
     at_most: float | None = None
     at_least: float | None = None
+    counted: bool = False
 
     @property
     def holds(self) -> bool | None:
@@ -57,19 +61,25 @@ def write(name: str, command: str, rows: list[Row]) -> bool:
         "machine": f"{os.cpu_count()} cores, {_processor()}, {platform.system()}",
         "used_by_others": round(by_others, 3),
     }
-    measured = {
-        row.name: {**asdict(row), "holds": row.holds if quiet else None, **origin} for row in rows
-    }
+    measured = {row.name: {**_figure(row, quiet), **origin} for row in rows}
     kept = [row for row in read(name) if row["command"] != command and row["name"] not in measured]
     candidate = _path(name).with_suffix(".candidate")
     candidate.write_text(json.dumps({"rows": [*kept, *measured.values()]}, indent=1) + "\n")
     candidate.rename(_path(name))
     for row in rows:
-        verdict = _verdict(row) if quiet else ""
+        verdict = _verdict(row) if quiet or row.counted else ""
         print(f"{row.name:<60} {row.value:>12.3f} {row.unit:<6} {verdict}")
-    if not quiet:
+    judged = [row for row in rows if quiet or row.counted]
+    if len(judged) < len(rows):
         print(f"No verdict: other programs used {by_others:.0%} of this machine. Run it alone.")
-    return quiet and all(row.holds is not False for row in rows)
+    with_bar = [row for row in rows if row.holds is not None]
+    return all(row in judged and row.holds for row in with_bar)
+
+
+def _figure(row: Row, quiet: bool) -> dict[str, Any]:
+    figure = asdict(row)
+    counted = figure.pop("counted")
+    return {**figure, "holds": row.holds if quiet or counted else None}
 
 
 def read(name: str) -> list[dict[str, Any]]:
