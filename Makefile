@@ -95,6 +95,7 @@ lint: $(READY) ## ruff and mypy --strict
 
 docs: $(READY) ## the generated references in docs/
 	@$(BIN)/python -m provision.settings > docs/settings.md
+	@$(BIN)/python -m provision.nginx_versions > docs/nginx-versions.md
 
 lock: $(READY) ## pin requirements/*.txt anew
 	@$(BIN)/python requirements/lock.py

@@ -33,10 +33,15 @@ probe_of() {
 
 port_in() { printf '%s' "$1" | sed 's/^tls://; s/ .*//'; }
 
+master() { cat /run/nginx.pid 2>/dev/null; }
+
 accepting() {
-    # Processes that take new connections; those of a former configuration say so in their title.
-    pgrep -P "$(cat /run/nginx.pid 2>/dev/null || echo 0)" --list-full 2>/dev/null |
-        grep -v 'shutting down' | cut -d ' ' -f 1 | sort
+    # Processes of a master (the one of the pid file) that take new connections; those of a former
+    # configuration say so in their title.
+    local of=${1:-$(master)}
+    [[ -n $of ]] || return 0
+    pgrep -P "$of" --list-full 2>/dev/null | grep 'worker process' | grep -v 'shutting down' |
+        cut -d ' ' -f 1 | sort
 }
 
 # A reload that nginx refuses (a port that is taken, say) leaves the old processes alone and is
@@ -56,10 +61,81 @@ took_over() {
     return 1
 }
 
+# ---- another binary than the one that runs -----------------------------------------------------
+# A restart would close every socket. Instead a master of the new binary is started by the old one,
+# which hands it the listening sockets; the old one's workers live as long as their sockets.
+# https://nginx.org/en/docs/control.html#upgrade
+
+old_master=  # set from when a new binary takes over until it has proved itself
+
+binary_changed() {
+    local running; running=/proc/$(master)/exe
+    [[ -e $running && ! $running -ef $(command -v nginx) ]]
+}
+
+# Whether a condition comes true within ten seconds.
+soon() {
+    for _ in $(seq 100); do
+        "$@" && return 0
+        sleep 0.1
+    done
+    return 1
+}
+
+is_gone() { ! kill -0 "$1" 2>/dev/null; }
+accepts() { [[ -n $(accepting "$1") ]]; }
+accepts_nothing() { ! accepts "$1"; }
+is_master() { [[ $(master) == "$1" ]]; }
+
+# A master whose own parent still is a master, holding sockets of the binary before, ignores USR2.
+# Killed, that one leaves its workers alone: they go on until their sockets close.
+release_former_master() {
+    local parent; parent=$(ps -o ppid= -p "$1" | tr -d ' ')
+    [[ $(tr '\0' ' ' 2>/dev/null <"/proc/$parent/cmdline") == "nginx: master process"* ]] || return 0
+    kill -s KILL "$parent" && soon is_gone "$parent" && rm -f /run/nginx.pid.oldbin
+}
+
+change_binary() {
+    local before; before=$(accepting)
+    old_master=$(master)
+    release_former_master "$old_master"
+    kill -s USR2 "$old_master"
+    if took_over "$before"; then
+        # Its workers take no new connections from here on, or they would answer the probe.
+        kill -s WINCH "$old_master" && soon accepts_nothing "$old_master"
+        return
+    fi
+    say "the nginx that was installed did not take over from the one that runs, which goes on"
+    return 1
+}
+
+# The old master has let its workers go; it ends when their sockets are closed.
+finish_change() {
+    [[ -z $old_master ]] || kill -s QUIT "$old_master"
+    old_master=
+}
+
+# Back to the binary that ran: its master starts workers again, with the configuration that it has.
+take_back() {
+    local new; new=$(master)
+    if [[ $new != "$old_master" ]]; then
+        kill -s HUP "$old_master" && soon accepts "$old_master"
+        kill -s TERM "$new"
+        soon is_master "$old_master"
+    fi
+    say "the binary that ran before runs again, until the next deploy; the installed one is still" \
+        "$(nginx -v 2>&1 | sed 's/^nginx version: //')"
+    old_master=
+}
+
 reload_or_start() {
     local before
     systemctl daemon-reload  # the descriptor limit is a drop-in of the unit
     if systemctl is-active --quiet nginx.service; then
+        if binary_changed; then
+            change_binary
+            return
+        fi
         before=$(accepting)
         systemctl reload nginx.service && took_over "$before"
     elif ! systemctl start nginx.service; then
@@ -69,7 +145,12 @@ reload_or_start() {
     fi
 }
 
+swapped=  # set when files were
+
 swap_in() {
+    local any=
+    for file; do [[ ! -e $(candidate_of "$file") ]] || any=yes; done
+    [[ -n $any ]] || return 0  # what the last change replaced stays what a rollback goes back to
     rm -rf "$previous.partial"
     mkdir -p "$previous.partial" || return 1
     for file; do
@@ -80,6 +161,7 @@ swap_in() {
     done
     rm -rf "$previous"
     mv -T "$previous.partial" "$previous" || return 1
+    swapped=yes
     for file; do
         [[ ! -e $(candidate_of "$file") ]] || mv -fT "$(candidate_of "$file")" "$file" || return 1
     done
@@ -88,14 +170,14 @@ swap_in() {
 put_back() {
     # Whatever nginx took over in between: the next run is to look again.
     rm -f "$state/applied"
-    while IFS= read -r file; do
+    [[ -z $swapped ]] || while IFS= read -r file; do
         if [[ -e $previous$file ]]; then
             cp -p "$previous$file" "$(candidate_of "$file")" && mv -fT "$(candidate_of "$file")" "$file"
         else
             rm -f "$file"
         fi
     done <"$previous/changed"
-    reload_or_start
+    if [[ -n $old_master ]]; then take_back; else reload_or_start; fi
 }
 
 # Candidates from what the last change replaced; a file that it added stays.
@@ -125,12 +207,13 @@ if reload_or_start; then
     # Where clients were not served before, this configuration is not to blame: the deploy's
     # verification says what is.
     if [[ $served_before == no ]] || clients_are_served "$probe"; then
+        finish_change
         printf '%s\n' "$digest" >"$state/applied.candidate" && mv -f "$state/applied.candidate" "$state/applied"
         exit 0
     fi
     say "port $(port_in "$probe") does not answer a WebSocket handshake; before this change port $(port_in "$probe_before") did"
 fi
-if [[ $served_before == yes && -e $previous/changed ]]; then
+if [[ $served_before == yes && -n $swapped$old_master ]]; then
     put_back
     if clients_are_served "$probe_before"; then
         say "the previous configuration is back, and clients are served"

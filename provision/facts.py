@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -303,6 +303,97 @@ def _unit_state(values: dict[str, str]) -> UnitState:
         main_pid=int(values.get("MainPID", "0") or 0),
         deployment=values.get("GPU_SERVICE_DEPLOYMENT", ""),
     )
+
+
+@dataclass(frozen=True)
+class NginxState(_Answer):
+    """nginx as it lies on the host and as it runs.
+
+    `told`: what `nginx -v` says, empty where there is none. `outdated`: whether what runs was
+    started from another file than the one that is installed now.
+    """
+
+    told: str = ""
+    outdated: bool = False
+
+
+class Nginx(FactBase[NginxState]):
+    """Which nginx is installed, and whether it is the one that runs."""
+
+    @override
+    def command(self) -> StringCommand:
+        return script(
+            "binary=$(command -v nginx) || exit 0; nginx -v 2>&1; "
+            # The master's pid; a file that was replaced is still the one that it runs.
+            "pid=$(cat /run/nginx.pid 2>/dev/null); "
+            '[ -z "$pid" ] || [ ! -e "/proc/$pid/exe" ] || [ "/proc/$pid/exe" -ef "$binary" ] || '
+            "echo outdated; true"
+        )
+
+    @staticmethod
+    @override
+    def default() -> NginxState:
+        return NginxState()
+
+    @override
+    def process(self, output: list[str]) -> NginxState:
+        told = [line for line in output if line.startswith("nginx version:")]
+        return NginxState(told="".join(told), outdated="outdated" in output)
+
+
+@dataclass(frozen=True)
+class PackageState(_Answer):
+    """Packages and files that a host has, and whom it gets packages from."""
+
+    manager: str = ""  # dnf or apt
+    system: str = ""  # debian, rocky
+    release: str = ""  # 9
+    codename: str = ""  # bookworm
+    stream: str = ""  # of dnf's module nginx, where one is enabled
+    packages: Mapping[str, str] = field(default_factory=dict)  # name -> version
+    files: tuple[str, ...] = ()  # of those asked for, the ones that are there
+
+
+class Packages(FactBase[PackageState]):
+    """Which of the packages are installed, in which version, and which of the files are there."""
+
+    @override
+    def command(self, names: Iterable[str], files: Iterable[str]) -> StringCommand:
+        return script(
+            '( . /etc/os-release; echo "system=$ID"; echo "release=${VERSION_ID%%.*}"; '
+            'echo "codename=$VERSION_CODENAME" ) 2>/dev/null; '
+            'until [ "$1" = -- ]; do [ ! -e "$1" ] || echo "file=$1"; shift; done; shift; '
+            "if command -v dnf >/dev/null; then echo manager=dnf; "
+            "rpm -q --qf 'package=%{NAME} %|EPOCH?{%{EPOCH}}:{0}|:%{VERSION}-%{RELEASE}\\n' "
+            '"$@" | grep ^package=; '
+            "sed -n 's/^stream *= */stream=/p' /etc/dnf/modules.d/nginx.module 2>/dev/null; "
+            "elif command -v apt-get >/dev/null; then echo manager=apt; "
+            "dpkg-query -W -f='${db:Status-Status} package=${Package} ${Version}\\n' "
+            "\"$@\" 2>/dev/null | sed -n 's/^installed //p'; fi; true",
+            *files,
+            "--",
+            *names,
+        )
+
+    @staticmethod
+    @override
+    def default() -> PackageState:
+        return PackageState()
+
+    @override
+    def process(self, output: list[str]) -> PackageState:
+        pairs = [line.partition("=")[::2] for line in output]
+        said = dict(pairs)
+        packages = [value.partition(" ")[::2] for key, value in pairs if key == "package"]
+        return PackageState(
+            manager=said.get("manager", ""),
+            system=said.get("system", ""),
+            release=said.get("release", ""),
+            codename=said.get("codename", ""),
+            stream=said.get("stream", ""),
+            packages=dict(packages),
+            files=tuple(value for key, value in pairs if key == "file"),
+        )
 
 
 class WorkerPorts(FactBase[list[int]]):

@@ -6,11 +6,13 @@ Stages: install, SELinux, configure, firewall, activate.
 from __future__ import annotations
 
 import ipaddress
+from functools import partial
 
 from pyinfra import host
 from pyinfra.api import deploy
 
-from provision import facts, metrics, operations, record, rendering, sizing
+from provision import facts, metrics, nginx_packages, operations, rendering, sizing
+from provision.nginx_versions import Version
 from provision.operations import ManagedFile
 from provision.preflight import RefusedError
 from provision.settings import (
@@ -27,7 +29,9 @@ ERROR_PAGES = "/usr/share/nginx/gateway"
 def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     """Bring one gateway host to its declared state. Raises `RefusedError`, touching nothing."""
     cores = sized(settings, fleet)
-    record.packages(name="nginx is installed", packages=[settings.nginx_package])
+    declared = nginx_packages.wanted(settings)
+    nginx_packages.refuse_incapable(declared)
+    nginx_packages.nginx_installed(name="nginx is installed", declared=declared)
     # Before the mode: in enforcing mode, not a moment without it.
     if settings.selinux_allow_connect:
         operations.selinux_boolean(
@@ -47,11 +51,10 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
             key=SELF_SIGNED_KEY,
             names=certificate_names(settings, fleet.addresses[host.name]),
         )
-    configuration = nginx_conf(settings, fleet, cores)
     operations.run_nginx(
         name="nginx runs this configuration",
-        files=[configuration, *supporting_files(settings, fleet, cores)],
-        main=configuration,
+        files=supporting_files(settings, fleet, cores),
+        main=partial(nginx_conf, settings, fleet, cores),
         probe=settings.probe,
     )
     metrics.exporter(settings)
@@ -95,9 +98,13 @@ def certificate_names(settings: GatewaySettings, address: str) -> list[str]:
     return list(dict.fromkeys([*names, "DNS:localhost", *addresses]))
 
 
-def nginx_conf(settings: GatewaySettings, fleet: Fleet, cores: int = 1) -> ManagedFile:
+def nginx_conf(
+    settings: GatewaySettings, fleet: Fleet, cores: int, version: Version
+) -> ManagedFile:
+    """nginx.conf for the nginx that is installed on the host."""
     return ManagedFile(
-        path="/etc/nginx/nginx.conf", content=rendering.nginx_conf(settings, fleet, cores)
+        path="/etc/nginx/nginx.conf",
+        content=rendering.nginx_conf(settings, fleet, cores, version=version),
     )
 
 

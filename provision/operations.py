@@ -31,8 +31,9 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State, StateStage
 from pyinfra.connectors.util import CommandOutput
 
-from provision import facts, record, rendering
+from provision import facts, nginx_versions, record, rendering
 from provision.facts import SelinuxMode, quoted, script
+from provision.nginx_versions import Version
 
 Commands = Generator[
     StringCommand | FileUploadCommand | FileDownloadCommand | FunctionCommand, None, None
@@ -116,12 +117,13 @@ def place_files(
     differing = [managed for managed in files if not managed.matches(found.get(managed.path))]
     _show_diffs(differing)
     for managed in differing:
-        yield from _swap_in(managed, check)
+        yield from swap_in(managed, check)
 
 
-def _swap_in(
-    managed: ManagedFile, check: Callable[[ManagedFile], StringCommand] | None
+def swap_in(
+    managed: ManagedFile, check: Callable[[ManagedFile], StringCommand] | None = None
 ) -> Commands:
+    """Put one file in its place by a rename, for an operation that has more to do."""
     yield from _stage(managed)
     if check is not None:
         yield check(managed)
@@ -350,20 +352,30 @@ APPLIED = "/var/lib/gpu-gateway/applied"
 
 
 @operation()
-def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, probe: str) -> Commands:
+def run_nginx(
+    files: Iterable[ManagedFile], main: Callable[[Version], ManagedFile], probe: str
+) -> Commands:
     """nginx enabled, running, and running *this* configuration; or what it ran before.
 
-    + files: everything that belongs to it, nginx.conf included
-    + main: nginx.conf, the one that `nginx -t` is asked about
+    + files: everything that belongs to it beside nginx.conf
+    + main: nginx.conf for the version that is installed, the one that `nginx -t` is asked about
     + probe: where clients are served, as files/handshake.sh reads it
 
     All candidates are staged beside the live files and checked by this host's `nginx -t`; then
     swapped in together, nginx reloaded, and a handshake tried (files/nginx-activate.sh). What
     nginx last took over is noted as a digest, so a run that was cut is repaired by the next,
     and one that changes nothing reloads nothing: a reload costs old worker processes that live
-    as long as their sockets.
+    as long as their sockets. Where another nginx was installed than the one that runs, it takes
+    over with the configuration, and the listening sockets are handed on.
     """
-    files = list(files)
+    nginx = host.get_fact(facts.Nginx)
+    version = nginx_versions.parse(nginx.told)
+    if version is None and executing():
+        yield fail(f"nginx does not say which version it is: {nginx.told or 'it is not installed'}")
+        return
+    # At prepare it may not be installed yet: a configuration that any version reads shows the rest.
+    configuration = main(version or nginx_versions.OLDEST)
+    files = [configuration, *files]
     digest = hashlib.sha256("".join(f.path + f.sha256 for f in files).encode()).hexdigest()
     found = host.get_fact(facts.FileStates, paths=tuple(f.path for f in files))
     differing = [managed for managed in files if not managed.matches(found.get(managed.path))]
@@ -375,14 +387,15 @@ def run_nginx(files: Iterable[ManagedFile], main: ManagedFile, probe: str) -> Co
         yield record.unit("nginx.service")
         yield quoted("systemctl", "enable", "--quiet", "nginx.service")
     applied = host.get_fact(facts.FileText, path=APPLIED) or ""
-    settled = unit.active == "active" and not unit.needs_daemon_reload
+    settled = unit.active == "active" and not unit.needs_daemon_reload and not nginx.outdated
     if settled and not differing and applied.strip() == digest:
         return
     # What a run that was cut may have staged is not part of this one.
     yield quoted("rm", "-f", "--", *(managed.candidate for managed in files))
     for managed in differing:
         yield from _stage(managed)
-    yield nginx_check(main.candidate if main in differing else main.path)
+    in_place = configuration not in differing
+    yield nginx_check(configuration.path if in_place else configuration.candidate)
     yield record.unit("nginx.service")
     yield _nginx_activate(probe, digest, *(managed.path for managed in files))
 
@@ -581,7 +594,7 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
             return
         if not in_place:
             yield script('[ ! -f "$1" ] || cp -p "$1" "$1.previous"', worker.settings.path)
-            yield from _swap_in(worker.settings, None)
+            yield from swap_in(worker.settings)
         if worker.runs(service, socket):
             continue  # only the file had drifted
         # Stays set if the restart fails, since the generator is not resumed then.

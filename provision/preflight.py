@@ -265,7 +265,20 @@ def _file_problems(fleet: Fleet) -> list[str]:
                 problems[f"worker_packages: {wheel} is no file; build it, or take it out"] = None
         if worker.worker_tokens:
             problems |= dict.fromkeys(_token_problems(worker.worker_tokens))
+    for gateway in fleet.gateways.values():
+        if gateway.nginx_source == "nginx.org":
+            problems |= dict.fromkeys(_key_problems(gateway.nginx_signing_key))
     return list(problems)
+
+
+def _key_problems(name: str) -> list[str]:
+    try:
+        text = (CHECKOUT / name).read_bytes()
+    except OSError as error:
+        return [f"nginx_signing_key: {name} cannot be read: {error.strerror}"]
+    if b"-----BEGIN PGP PUBLIC KEY BLOCK-----" not in text:
+        return [f"nginx_signing_key: {name} holds no public key (armored, as nginx.org has it)"]
+    return []
 
 
 def _token_problems(name: str) -> list[str]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import jinja2
 
-from provision import lint, sizing
+from provision import lint, nginx_versions, sizing
+from provision.nginx_versions import Version
 from provision.settings import Fleet, GatewaySettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -124,11 +125,25 @@ def limits(gateway: GatewaySettings, fleet: Fleet, cores: int = 1) -> Limits:
     )
 
 
-def nginx_conf(gateway: GatewaySettings, fleet: Fleet, cores: int = 1) -> bytes:
-    """nginx.conf of one gateway with so many CPU cores (they count where `connections` is set)."""
+def nginx_conf(
+    gateway: GatewaySettings,
+    fleet: Fleet,
+    cores: int = 1,
+    *,
+    version: Version = nginx_versions.OLDEST,
+) -> bytes:
+    """nginx.conf of one gateway with so many CPU cores (they count where `connections` is set).
+
+    `version`: the nginx that will read it. One for the oldest is good for all, but newer ones may
+    warn of what is deprecated. Raises `RenderError` where it cannot do what the settings say.
+    """
+    problems = nginx_versions.problems(version, gateway.needed_features)
+    if problems:
+        raise RenderError("; ".join(problems))
     return render(
         "nginx.conf.j2",
         gateway=gateway,
+        can=nginx_versions.abilities(version),
         upstreams=fleet.upstreams(),
         limits=limits(gateway, fleet, cores),
     )
@@ -142,20 +157,31 @@ def nginx_unit(gateway: GatewaySettings, fleet: Fleet, cores: int = 1) -> bytes:
 def check_all(fleet: Fleet) -> None:
     """Render everything that the deploy would render, so that a fault shows before it begins."""
     for name, gateway in fleet.gateways.items():
-        _lint(
-            name,
-            nginx_conf(gateway, fleet).decode(),
-            unit=nginx_unit(gateway, fleet).decode(),
-            hardened=gateway.profile == "hardened",
-            ping_interval_s=max(
-                (w.service_option("ping_interval_s") for w in fleet.workers.values()), default=0
-            ),
-        )
+        for version in _versions(gateway):
+            _lint(
+                name,
+                nginx_conf(gateway, fleet, version=version).decode(),
+                unit=nginx_unit(gateway, fleet).decode(),
+                hardened=gateway.profile == "hardened",
+                ping_interval_s=max(
+                    (w.service_option("ping_interval_s") for w in fleet.workers.values()),
+                    default=0,
+                ),
+            )
     for worker in fleet.workers.values():
         render("gpu-worker@.service.j2", **unit_placeholders(), worker=worker)
         render("gpu-worker@.socket.j2", **unit_placeholders(), worker=worker)
     for name in STATIC_FILES:
         static(name)
+
+
+def _versions(gateway: GatewaySettings) -> list[Version]:
+    """Versions that make a difference for this gateway: which one it has, only its host knows."""
+    return [
+        version
+        for version in nginx_versions.MILESTONES
+        if not nginx_versions.problems(version, gateway.needed_features)
+    ]
 
 
 def _lint(host: str, text: str, *, unit: str, hardened: bool, ping_interval_s: float) -> None:

@@ -12,6 +12,7 @@ import difflib
 import ipaddress
 import math
 import posixpath
+import re
 import urllib.parse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, m
 
 from gpu_service import settings as service_settings
 from gpu_service.training import settings as training_settings
+from provision import nginx_versions
 
 Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
 Seconds = Annotated[int, Field(strict=True, ge=1, le=30 * 24 * 3600)]
@@ -109,11 +111,38 @@ class GatewaySettings(_Scraped):
         + ", ".join(f"`{name} = {value!r}`" for name, value in HARDENED.items())
         + ". It needs a certificate.",
     )
-    nginx_package: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+~:-]+(=[A-Za-z0-9_.+~:-]+)?$")] = (
-        Field(
-            default="nginx",
-            description="Package that yum installs; `nginx=1.26.3` pins a version.",
-        )
+    nginx_package: Token = Field(
+        default="nginx", description="Package that yum, or apt, installs to get nginx."
+    )
+    nginx_version: (
+        Annotated[str, Field(strict=True, pattern=r"^[0-9]+\.[0-9]+(\.[0-9]+)?$")] | None
+    ) = Field(
+        default=None,
+        description='Version to have, in quotes: `"1.26.3"`, or `"1.26"` for the newest of that '
+        "series. Another one is replaced, up or down, without closing a socket. None: what is "
+        "installed stays; else the newest.",
+    )
+    nginx_source: Literal["distribution", "module", "nginx.org"] = Field(
+        default="distribution",
+        description="Where nginx comes from: the distribution's own packages; a module stream of "
+        "dnf (`nginx_stream`); or nginx.org's repository, whose packages have to be signed.",
+    )
+    nginx_stream: Annotated[str, Field(strict=True, pattern=r"^[a-z0-9.]+$")] | None = Field(
+        default=None,
+        description='For `"module"`: the stream, in quotes, as `"1.24"`. For `"nginx.org"`: '
+        '`"stable"`, which None is too, or `"mainline"`.',
+    )
+    nginx_mirror: Annotated[
+        str, Field(pattern=r"^(https?|file)://[A-Za-z0-9._~:/@%+-]*[A-Za-z0-9._~-]$")
+    ] = Field(
+        default="https://nginx.org/packages",
+        description="For `nginx.org`: address of its packages, or of a copy for hosts without "
+        "internet; below it are `centos/9/x86_64/`, `debian/`, and `mainline/` with the same.",
+    )
+    nginx_signing_key: Annotated[str, Field(pattern=r"^[A-Za-z0-9_./-]+$")] = Field(
+        default="files/nginx_signing.key",
+        description="For `nginx.org`: the public keys, on the operator's machine, that its "
+        "packages have to be signed with. The file that ships has nginx's own.",
     )
     nginx_user: Token = Field(
         default="root",
@@ -150,6 +179,11 @@ class GatewaySettings(_Scraped):
     )
     tls_listen_port: Port = Field(
         default=8443, description="Port of the TLS server, when it is on."
+    )
+    http2: bool = Field(
+        default=False,
+        description="HTTP/2 on the TLS port, for plain requests: nginx takes WebSockets by "
+        "HTTP/1.1 only, so that browsers open a connection of their own for each.",
     )
     tls_only: bool = Field(
         default=False,
@@ -241,6 +275,12 @@ class GatewaySettings(_Scraped):
         description="How a new connection finds its worker. `least_conn` suits sockets that "
         "live long; `ip_hash` keeps a client on one worker.",
     )
+    upstream_sticky: Token | None = Field(
+        default=None,
+        description="Name of a cookie by which a client comes back to the worker that it had "
+        "(`sticky`; nginx 1.29.6 and newer). It is for browsers: other clients hardly keep "
+        "cookies. None: none.",
+    )
     upstream_keepalive: Annotated[int, Field(strict=True, ge=1, le=100_000)] = Field(
         default=1000, description="Idle upstream connections kept per nginx worker process."
     )
@@ -289,7 +329,7 @@ class GatewaySettings(_Scraped):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        problems = [*self._tls_problems(), *self._sandbox_problems()]
+        problems = [*self._tls_problems(), *self._sandbox_problems(), *self._version_problems()]
         if self.metrics_port and not self.status_port:
             problems.append(
                 "metrics_port needs nginx's counters; set status_port, too (8008 suits SELinux)"
@@ -323,7 +363,7 @@ class GatewaySettings(_Scraped):
         if not self.tls:
             needing = [
                 name
-                for name in ("tls_only", "hsts_max_age_s", "tls_stapling", "tls_client_ca")
+                for name in ("tls_only", "hsts_max_age_s", "tls_stapling", "tls_client_ca", "http2")
                 if getattr(self, name)
             ]
             if needing:
@@ -344,6 +384,41 @@ class GatewaySettings(_Scraped):
             path = getattr(self, name)
             if path and path.startswith(UNSEEN):
                 yield f"{name} is {path}, which nginx does not see in its sandbox; use /etc/pki"
+
+    def _version_problems(self) -> Iterable[str]:
+        if self.nginx_version:
+            declared = nginx_versions.newest_of(self.nginx_version)
+            for problem in nginx_versions.problems(declared, self.needed_features):
+                yield f"nginx_version is {self.nginx_version}: {problem}"
+        yield from self._source_problems()
+        if self.upstream_sticky and self.upstream_balance == "ip_hash":
+            yield (
+                "upstream_sticky and upstream_balance 'ip_hash' both bind a client to a worker; "
+                "choose one"
+            )
+
+    def _source_problems(self) -> Iterable[str]:
+        stream, source = self.nginx_stream, self.nginx_source
+        if source == "module" and (stream is None or not re.fullmatch(r"[0-9]+\.[0-9]+", stream)):
+            yield (
+                f"nginx_stream is {stream!r}; nginx_source 'module' needs the stream's version "
+                'in quotes, as "1.24" (dnf module list nginx shows them)'
+            )
+        elif source == "module" and self.nginx_version and stream:
+            if not f"{self.nginx_version}.".startswith(f"{stream}."):
+                yield f"nginx_version {self.nginx_version} is not in the nginx_stream {stream}"
+        elif source == "nginx.org" and stream not in (None, "stable", "mainline"):
+            yield f"nginx_stream is {stream!r}; nginx.org has 'stable' and 'mainline'"
+        elif source == "distribution" and stream is not None:
+            yield (
+                "nginx_stream means nothing to nginx_source 'distribution'; set nginx_source, or "
+                "take it out"
+            )
+
+    @property
+    def needed_features(self) -> dict[str, nginx_versions.Feature]:
+        """Setting -> what nginx has to be new enough for."""
+        return {"upstream_sticky": nginx_versions.Feature.STICKY} if self.upstream_sticky else {}
 
     @property
     def tls(self) -> bool:

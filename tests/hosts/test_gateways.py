@@ -5,13 +5,20 @@ from collections.abc import Callable
 from testinfra.host import Host
 
 from provision import gateway as declared
-from provision import rendering
+from provision import nginx_versions, rendering
 from tests.hosts.conftest import Target
 
 
 def cores(target: Target) -> int:
     """CPU cores, as nginx counts them."""
     return int(target.host.check_output("getconf _NPROCESSORS_ONLN"))
+
+
+def installed(target: Target) -> nginx_versions.Version:
+    """The version of nginx on the host."""
+    version = nginx_versions.parse(target.host.run("nginx -v").stderr)
+    assert version is not None
+    return version
 
 
 def status_of(target: Target, path: str, upgrade: str = "", *, tls: bool | None = None) -> str:
@@ -53,8 +60,15 @@ def asks_who_comes(target: Target) -> bool:
 
 
 def test_nginx_is_installed_by_the_package_manager(gateway: Target) -> None:
-    name = gateway.settings.nginx_package.partition("=")[0]
+    name = gateway.settings.nginx_package
     assert gateway.host.run("rpm -q %s", name).succeeded or gateway.host.package(name).is_installed
+
+
+def test_nginx_is_of_the_declared_version_and_the_one_that_runs(gateway: Target) -> None:
+    wanted = gateway.settings.nginx_version
+    assert wanted is None or installed(gateway).is_in(wanted)
+    running = gateway.host.check_output("readlink /proc/$(cat /run/nginx.pid)/exe")
+    assert not running.endswith(" (deleted)")
 
 
 def test_nginx_runs_and_starts_at_boot(gateway: Target) -> None:
@@ -65,7 +79,7 @@ def test_nginx_runs_and_starts_at_boot(gateway: Target) -> None:
 
 def test_every_managed_file_is_as_declared(gateway: Target) -> None:
     files = [
-        declared.nginx_conf(gateway.settings, gateway.fleet, cores(gateway)),
+        declared.nginx_conf(gateway.settings, gateway.fleet, cores(gateway), installed(gateway)),
         *declared.supporting_files(gateway.settings, gateway.fleet, cores(gateway)),
     ]
     for managed in files:

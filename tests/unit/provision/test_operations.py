@@ -13,7 +13,7 @@ from pyinfra.api.operation import add_op
 from pyinfra.api.operations import run_ops
 from pyinfra.api.state import StateStage
 
-from provision import operations
+from provision import nginx_versions, operations
 from provision.operations import ManagedFile, Rollout, WorkerUnit
 
 Answers = dict[str, Any]
@@ -22,6 +22,7 @@ ASKING = (
     "stat -c",
     "readlink",
     "getenforce",
+    "nginx -v",
     "getsebool",
     "busctl",
     "-p SubState",
@@ -33,8 +34,10 @@ ASKING = (
 
 
 def asks(command: str) -> bool:
-    """Whether a command is a fact's. The switch of a worker asks, too, in its script."""
-    return "worker-switch" not in command and any(word in command for word in ASKING)
+    """Whether a command is a fact's. Those that switch a worker or nginx ask, too, in scripts."""
+    if "worker-switch" in command or "nginx-activate" in command:
+        return False
+    return any(word in command for word in ASKING)
 
 
 class FakeHosts:
@@ -71,6 +74,7 @@ def run(operation: Callable[..., Any], answers: Answers, **arguments: Any) -> li
     return FakeHosts({"h": answers}).run(operation, **arguments)["h"]
 
 
+TOLD: Answers = {"nginx -v": "nginx version: nginx/1.22.1"}
 FILE = ManagedFile(path="/etc/nginx/nginx.conf", content=b"user root;\n")
 
 
@@ -96,9 +100,9 @@ def test_a_wrong_mode_alone_is_mended() -> None:
 
 
 def test_a_refused_candidate_never_replaces_the_file() -> None:
-    hosts = FakeHosts({"h": {"nginx -t": {"success": False, "stderr": "[emerg] unknown"}}})
+    hosts = FakeHosts({"h": {**TOLD, "nginx -t": {"success": False, "stderr": "[emerg] unknown"}}})
     with pytest.raises(Exception, match="hosts"):
-        hosts.run(operations.run_nginx, files=[FILE], main=FILE, probe="8009")
+        hosts.run(operations.run_nginx, files=[], main=lambda _: FILE, probe="8009")
     commands = next(iter(hosts.state.inventory)).connector.executed_commands
     assert any("nginx -t -q -c" in command for command in commands)
     assert not any("nginx-activate" in command for command in commands)
@@ -369,8 +373,9 @@ def test_after_a_failure_no_other_worker_of_any_host_is_restarted() -> None:
 NGINX = ["unit=nginx.service", "ActiveState=active", "UnitFileState=enabled"]
 
 
-def nginx(script: Answers, *files: ManagedFile) -> list[str]:
-    return run(operations.run_nginx, script, files=files, main=files[0], probe="8009")
+def nginx(script: Answers, main: ManagedFile) -> list[str]:
+    answers = TOLD | script
+    return run(operations.run_nginx, answers, files=[], main=lambda _: main, probe="8009")
 
 
 def test_nginx_is_activated_after_the_check_and_only_for_another_configuration() -> None:
@@ -394,6 +399,33 @@ def test_a_run_that_was_cut_before_the_reload_is_repaired() -> None:
     commands = nginx({"systemctl show": NGINX, "cat ": "older", **file_answer(FILE)}, FILE)
     assert not any("install -m" in command for command in commands)
     assert "nginx-activate" in commands[-1]
+
+
+def test_another_binary_than_the_one_that_runs_takes_over_with_the_same_configuration() -> None:
+    digest = nginx({"systemctl show": NGINX}, FILE)[-1].split()[-2]
+    same = {"systemctl show": NGINX, "cat ": digest, **file_answer(FILE)}
+    replaced = {"nginx -v": [TOLD["nginx -v"], "outdated"]} | same
+    commands = nginx(replaced, FILE)
+    assert not any("install -m" in command for command in commands)
+    assert "nginx-activate" in commands[-1]
+
+
+def test_the_configuration_is_for_the_version_that_the_host_has() -> None:
+    asked: list[str] = []
+
+    def main(version: nginx_versions.Version) -> ManagedFile:
+        asked.append(str(version))
+        return FILE
+
+    run(operations.run_nginx, TOLD, files=[], main=main, probe="8009")
+    assert asked[-1] == "1.22.1"
+
+
+def test_a_host_without_nginx_is_told_apart() -> None:
+    hosts = FakeHosts({"h": {"nginx -v": ["sh: nginx: oh no"]}})
+    with pytest.raises(Exception, match="hosts"):
+        hosts.run(operations.run_nginx, files=[], main=lambda _: FILE, probe="8009")
+    assert hosts.failed() == {"h"}
 
 
 def test_a_worker_that_is_no_longer_declared_is_stopped_and_forgotten() -> None:

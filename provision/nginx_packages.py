@@ -1,0 +1,247 @@
+"""Where nginx comes from, and in which version: the distribution's packages, a module stream of
+dnf, or nginx.org's own, by dnf (Enterprise Linux 8 to 10) or apt (Debian, Ubuntu).
+
+Installing replaces files only: what a live nginx runs is changed by `operations.run_nginx`, which
+hands its sockets on. Packages that do so themselves (nginx-upgrade of Enterprise Linux, Debian's
+postinst) leave it nothing to do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from pyinfra import host
+from pyinfra.api import operation
+
+from provision import facts, nginx_versions, record, rendering
+from provision.facts import quoted
+from provision.nginx_versions import Feature
+from provision.operations import Commands, ManagedFile, ask, fail, swap_in
+from provision.preflight import RefusedError
+from provision.rendering import CHECKOUT
+from provision.settings import GatewaySettings
+
+# The repository of nginx.org, as it is called in dnf.
+REPOSITORY = "gateway-nginx"
+
+DNF_REPOSITORY = f"/etc/yum.repos.d/{REPOSITORY}.repo"
+DNF_KEY = f"/etc/pki/rpm-gpg/RPM-GPG-KEY-{REPOSITORY}"
+APT_REPOSITORY = f"/etc/apt/sources.list.d/{REPOSITORY}.sources"
+APT_KEY = f"/usr/share/keyrings/{REPOSITORY}.asc"
+
+# What this module leaves on hosts, beside the package: only while nginx_source is "nginx.org".
+FILES = (DNF_REPOSITORY, DNF_KEY, APT_REPOSITORY, APT_KEY)
+
+# Enterprise Linux 9 and 10 have the binary in a package of its own, which nginx.org's replaces;
+# Debian's nginx wants nginx-common of exactly its version.
+CORE, COMMON = "nginx-core", "nginx-common"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is declared. `needed`: setting -> what nginx has to be new enough for."""
+
+    package: str
+    source: str
+    stream: str | None
+    version: str | None
+    mirror: str
+    key: bytes
+    needed: Mapping[str, Feature]
+
+    @property
+    def series(self) -> str | None:
+        """The release, or the series, that is looked for; None: any."""
+        return self.version or (self.stream if self.source == "module" else None)
+
+    @property
+    def by_choice(self) -> bool:
+        """Whether not every version will do, so that one is looked for."""
+        return bool(self.series or self.needed) or self.source == "nginx.org"
+
+
+def wanted(settings: GatewaySettings) -> Wanted:
+    """What the settings declare."""
+    return Wanted(
+        package=settings.nginx_package,
+        source=settings.nginx_source,
+        stream=settings.nginx_stream,
+        version=settings.nginx_version,
+        mirror=settings.nginx_mirror,
+        key=_key(settings),
+        needed=settings.needed_features,
+    )
+
+
+def refuse_incapable(declared: Wanted) -> None:
+    """Raises `RefusedError` where the nginx that this host has, and would keep, cannot do what the
+    settings ask for. A host is asked only where they ask for something."""
+    if not declared.needed:
+        return
+    found = host.get_fact(facts.Packages, names=_names(declared), files=FILES)
+    version = nginx_versions.parse(found.packages.get(declared.package, ""))
+    if version and fits(declared, found):
+        problems = nginx_versions.problems(version, declared.needed)
+        if problems:
+            raise RefusedError([f"{host.name}: {problem}" for problem in problems])
+
+
+def _key(settings: GatewaySettings) -> bytes:
+    if settings.nginx_source != "nginx.org":
+        return b""
+    return (CHECKOUT / settings.nginx_signing_key).read_bytes()
+
+
+def _names(declared: Wanted) -> tuple[str, ...]:
+    return (declared.package, CORE, COMMON)
+
+
+def fits(declared: Wanted, found: facts.PackageState) -> bool:
+    """Whether what is installed is what is declared. Pure."""
+    installed = found.packages.get(declared.package, "")
+    version = nginx_versions.parse(installed)
+    if version is None or (declared.series and not version.is_in(declared.series)):
+        return False
+    if declared.source == "module":
+        return found.stream == declared.stream
+    if declared.source == "nginx.org":
+        return is_of_nginx_org(installed)
+    # A build that somebody else put there stays; one that came by this deploy's repository goes
+    # with it.
+    return not (found.files and is_of_nginx_org(installed))
+
+
+def is_of_nginx_org(package: str) -> bool:
+    """By its release: `1.el9.ngx`, or `1~bookworm`. Pure."""
+    return package.endswith(".ngx") or re.search(r"-\d+~[a-z]+$", package) is not None
+
+
+@operation()
+def nginx_installed(declared: Wanted) -> Commands:
+    """nginx from the declared source in the declared version, whichever was there before.
+
+    + declared: what `wanted` gives
+
+    What fits stays as it is: nothing is upgraded because something newer is there.
+    """
+    found = host.get_fact(facts.Packages, names=_names(declared), files=FILES)
+    if found.manager == "apt" and declared.source == "module":
+        yield fail("nginx_source is 'module', which is dnf's; this host has apt")
+        return
+    if found.manager not in ("dnf", "apt"):
+        yield fail("this host has neither dnf nor apt-get; so nginx cannot be installed on it")
+        return
+    yield from _repository(declared, found)
+    if not fits(declared, found):
+        by = _by_dnf if found.manager == "dnf" else _by_apt
+        yield from record.installing([declared.package], by(declared, found))
+    if declared.source != "nginx.org" and found.files:
+        yield quoted("rm", "-f", "--", *found.files)
+
+
+def _repository(declared: Wanted, found: facts.PackageState) -> Commands:
+    if declared.source != "nginx.org":
+        return
+    files = repository_files(declared, found)
+    states = host.get_fact(facts.FileStates, paths=tuple(managed.path for managed in files))
+    for managed in files:
+        if not managed.matches(states.get(managed.path)):
+            yield from swap_in(managed)
+
+
+def repository_files(declared: Wanted, found: facts.PackageState) -> list[ManagedFile]:
+    """The key, and the repository that is believed by it alone. Pure but for the template."""
+    dnf = found.manager == "dnf"
+    folder = f"{declared.mirror}/mainline" if declared.stream == "mainline" else declared.mirror
+    return [
+        ManagedFile(path=DNF_KEY if dnf else APT_KEY, content=declared.key),
+        ManagedFile(
+            path=DNF_REPOSITORY if dnf else APT_REPOSITORY,
+            content=rendering.render(
+                "nginx.repo.j2" if dnf else "nginx.sources.j2",
+                repository=REPOSITORY,
+                folder=folder,
+                key=DNF_KEY if dnf else APT_KEY,
+                system=found.system,
+                release=found.release,
+                codename=found.codename,
+            ),
+        ),
+    ]
+
+
+def _by_dnf(declared: Wanted, found: facts.PackageState) -> Commands:
+    if declared.source == "module" and found.stream != declared.stream:
+        yield record.file("/etc/dnf/modules.d/nginx.module")
+        if found.stream:  # dnf does not go from one stream to another in one step
+            yield quoted("dnf", "-y", "-q", "module", "reset", "nginx")
+        yield quoted("dnf", "-y", "-q", "module", "enable", f"nginx:{declared.stream}")
+    if not declared.by_choice and not found.packages:
+        yield quoted("dnf", "-y", "-q", "install", declared.package)
+        return
+    if declared.source == "nginx.org":
+        scope: tuple[str, ...] = ("--disablerepo=*", f"--enablerepo={REPOSITORY}")
+    else:
+        scope = (f"--disablerepo={REPOSITORY}",) if DNF_REPOSITORY in found.files else ()
+    yield quoted("dnf", "-q", "--refresh", *scope, "makecache")
+    _, output = ask(
+        quoted(
+            *("dnf", "-q", *scope, "repoquery", "--available"),
+            *("--qf", "%{epoch}:%{version}-%{release}\n", declared.package),
+        )
+    )
+    chosen, problems = choose(declared, output.stdout_lines)
+    if problems or chosen is None:
+        yield fail(*problems)
+        return
+    replaced = found.packages.get(declared.package, "")
+    package = f"{declared.package}-{chosen}"
+    if CORE in found.packages and is_of_nginx_org(chosen):
+        yield quoted("dnf", "-y", "-q", "swap", CORE, package)
+    elif replaced and is_of_nginx_org(replaced) != is_of_nginx_org(chosen):
+        yield quoted("dnf", "-y", "-q", "install", "--allowerasing", package)
+    else:
+        yield quoted("dnf", "-y", "-q", "install", package)
+
+
+def _by_apt(declared: Wanted, found: facts.PackageState) -> Commands:
+    yield quoted("apt-get", "-qq", "update")
+    _, output = ask(quoted("apt-cache", "madison", declared.package))
+    offered = madison(output.stdout_lines, declared.mirror, ours=declared.source == "nginx.org")
+    chosen, problems = choose(declared, offered)
+    if problems or chosen is None:
+        yield fail(*problems)
+        return
+    companions = () if is_of_nginx_org(chosen) else (f"{COMMON}={chosen}",)
+    yield quoted(
+        *("env", "DEBIAN_FRONTEND=noninteractive"),
+        *("apt-get", "-qq", "-y", "--no-install-recommends", "--allow-downgrades"),
+        *("-o", "Dpkg::Options::=--force-confold", "install"),
+        *(f"{declared.package}={chosen}", *companions),
+    )
+
+
+def madison(lines: Iterable[str], mirror: str, *, ours: bool) -> list[str]:
+    """Versions of `apt-cache madison` that come from the mirror, or from elsewhere. Pure."""
+    rows = ([cell.strip() for cell in line.split("|")] for line in lines)
+    return [row[1] for row in rows if len(row) == 3 and (mirror in row[2]) == ours]
+
+
+def choose(declared: Wanted, offered: Iterable[str]) -> tuple[str | None, list[str]]:
+    """Which of the offered package versions is installed; or why none is. Pure."""
+    offered = [line.strip() for line in offered if nginx_versions.parse(line)]
+    chosen = nginx_versions.newest(offered, declared.series)
+    version = nginx_versions.parse(chosen or "")
+    if version is not None:
+        return chosen, nginx_versions.problems(version, declared.needed)
+    place = {
+        "distribution": "the distribution's repositories",
+        "module": f"the module stream {declared.stream}",
+        "nginx.org": declared.mirror,
+    }[declared.source]
+    there = sorted({found for line in offered if (found := nginx_versions.parse(line))})
+    said = ", ".join(map(str, there)) or "none"
+    series = f"nginx {declared.series}" if declared.series else declared.package
+    return None, [f"{place}: no {series}; there: {said}. Set another nginx_version or nginx_source"]

@@ -1,0 +1,230 @@
+"""nginx of several versions: what real builds say to the renderings, and what a live gateway's
+clients notice when the declared version changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+
+from provision import nginx_versions, rendering
+from provision.nginx_versions import Version
+from tests import nginx_builds
+from tests.deploy.conftest import CHECKOUT, Deployment
+from tests.deploy.test_deploy import wait_for
+from tests.unit.provision.fleets import fleet, gateway, worker
+
+INSTALLED, CONFIGURED = "Gateway | nginx is installed", "Gateway | nginx runs this configuration"
+BOUND_S = 30
+
+# ---- real builds --------------------------------------------------------------------------------
+
+_CERTIFICATE = {"tls_certificate": "/etc/pki/gw.pem", "tls_certificate_key": "/etc/pki/gw.key"}
+_ALL_AT_ONCE = {
+    **_CERTIFICATE,
+    "profile": "hardened",
+    "http2": True,
+    "tls_client_ca": "/etc/pki/gw.pem",
+    "allowed_origins": ["https://app.example", "https://*.below.example"],
+    "auth_request": "http://127.0.0.1:9090/check",
+    "access_log_format": "json",
+}
+
+
+@pytest.mark.parametrize("series", nginx_builds.SOURCES)
+def test_a_real_nginx_of_each_series_takes_what_is_rendered_for_it(series: str) -> None:
+    try:
+        build = nginx_builds.build(series)
+    except nginx_builds.UnavailableError as error:
+        pytest.skip(f"nginx {series} is not to be had here: {error}")
+    version = nginx_versions.parse(build.version)
+    assert version is not None and version.is_in(series)
+    sticky = {"upstream_sticky": "worker"} if version >= Version(1, 29, 6) else {}
+    for settings in ({}, _ALL_AT_ONCE, {**_CERTIFICATE, **sticky}):
+        found = fleet(gateway(**settings), worker())
+        text = rendering.nginx_conf(found.gateways["gw1"], found, version=version)
+        said = build.check(text)
+        assert said.returncode == 0, said.stderr
+        # Nothing is called deprecated, or ignored, but for a certificate without a responder.
+        warnings = [line for line in said.stderr.splitlines() if "[warn]" in line]
+        assert [line for line in warnings if "no OCSP responder" not in line] == []
+
+
+def test_the_real_ones_refuse_what_they_are_said_not_to_know() -> None:
+    """The table is right: a release too early, nginx says so."""
+    old = nginx_builds.build("1.22")
+    found = fleet(gateway(upstream_sticky="w", http2=True, **_CERTIFICATE), worker())
+    text = rendering.nginx_conf(found.gateways["gw1"], found, version=Version(1, 30, 0)).decode()
+    assert 'unknown directive "sticky"' in old.check(text.encode()).stderr
+    plain = "\n".join(line for line in text.splitlines() if "sticky cookie" not in line)
+    assert 'unknown directive "http2"' in old.check(plain.encode()).stderr
+
+
+# ---- a live gateway -----------------------------------------------------------------------------
+
+REPOSITORY = "/srv/newer"
+_REPOSITORY_FILE = f"[newer]\nname=newer\nbaseurl=file://{REPOSITORY}\ngpgcheck=0\n"
+
+
+def send(deployment: Deployment, content: bytes, command: str) -> None:
+    config = deployment.hosts["gw1"]["ssh_config_file"]
+    done = subprocess.run(
+        ["ssh", "-F", config, "gw1", "--", command], input=content, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def build_package(deployment: Deployment, version: str, *, binary: str | None = None) -> None:
+    """An RPM of this version into the host's own repository, with the lab's recipe.
+
+    `binary`: a script that stands for nginx, beside the real one.
+    """
+    prepare = (
+        "cd /srv/build && { [ -e tree/usr/sbin/nginx.real ] || "
+        "mv tree/usr/sbin/nginx tree/usr/sbin/nginx.real; } && "
+        + (
+            "cp tree/usr/sbin/nginx.real tree/usr/sbin/nginx"
+            if binary is None
+            else f"printf %s {shlex.quote(binary)} >tree/usr/sbin/nginx"
+        )
+    )
+    defines = {
+        "nginx_version": version,
+        "tree": "/srv/build/tree",
+        "recipe": "/srv/build/recipe",
+        "_topdir": "/srv/build/top",
+        "_rpmdir": REPOSITORY,
+    }
+    options = " ".join(
+        f"--define {shlex.quote(f'{name} {value}')}" for name, value in defines.items()
+    )
+    deployment.on(
+        "gw1",
+        "sh",
+        "-ec",
+        f"{prepare}; rpmbuild -bb --quiet {options} recipe/nginx.spec; "
+        f"createrepo_c --quiet {REPOSITORY}",
+    )
+
+
+@pytest.fixture(scope="module")
+def newer(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A second repository on the gateway, with the real nginx 1.26; the first has 1.22."""
+    build = nginx_builds.build("1.26")
+    archive = tmp_path_factory.mktemp("build") / "build.tar"
+    with tarfile.open(archive, "w") as tar:
+        for name in ("usr/sbin/nginx", "etc/nginx", "usr/share/nginx/html"):
+            tar.add(build.root / name, f"tree/{name}")
+        tar.add(CHECKOUT / "lab/recipe", "recipe")
+    send(deployment, archive.read_bytes(), "mkdir -p /srv/build && tar -xf - -C /srv/build")
+    version = nginx_versions.parse(build.version)
+    build_package(deployment, str(version))
+    send(deployment, _REPOSITORY_FILE.encode(), "cat >/etc/yum.repos.d/newer.repo")
+    yield str(version)
+    deployment.on("gw1", "rm", "-rf", "/etc/yum.repos.d/newer.repo", REPOSITORY, "/srv/build")
+    result = deployment.run(nginx_version=quoted("1.22"))
+    assert result.returncode == 0, result.output
+    assert deployment.run().returncode == 0
+
+
+def quoted(version: str) -> str:
+    """As `--data` has to say it, or it were a number."""
+    return f'"{version}"'
+
+
+def masters(deployment: Deployment) -> list[str]:
+    found = deployment.on("gw1", "pgrep", "-f", "^nginx: master", check=False)
+    return found.split()
+
+
+def running_version(deployment: Deployment) -> str:
+    """What the master of the pid file runs, not what is installed."""
+    told = deployment.on("gw1", "sh", "-c", '"/proc/$(cat /run/nginx.pid)/exe" -v 2>&1')
+    return str(nginx_versions.parse(told))
+
+
+async def answers(socket: ClientConnection) -> None:
+    """A worker's pong, through nginx."""
+    async with asyncio.timeout(BOUND_S):
+        await (await socket.ping())
+
+
+async def test_upgrades_and_downgrades_keep_every_socket(
+    deployment: Deployment, newer: str
+) -> None:
+    tls: dict[str, Any] = {"tls_self_signed": True, "http2": True}
+
+    async def deployed(version: str) -> dict[str, list[str]]:
+        result = await asyncio.to_thread(deployment.run, nginx_version=quoted(version), **tls)
+        assert result.returncode == 0, result.output
+        return result.changed
+
+    def configuration() -> str:
+        return deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+
+    await deployed("1.22")
+    assert "listen 8443 ssl http2 default_server" in configuration()
+    async with connect(deployment.gateway_url) as first:
+        assert set((await deployed("1.26"))["gw1"]) == {INSTALLED, CONFIGURED}
+        assert running_version(deployment) == newer
+        assert "http2 on;" in configuration()
+        await answers(first)
+        assert len(masters(deployment)) == 2
+        assert await deployed("1.26") == {}
+        async with connect(deployment.gateway_url) as second:
+            # While the first socket is open, nginx by itself would ignore a second change.
+            assert set((await deployed("1.22"))["gw1"]) == {INSTALLED, CONFIGURED}
+            assert running_version(deployment) == "1.22.1"
+            assert "http2 on;" not in configuration()
+            for socket in (first, second):
+                await answers(socket)
+    wait_for(lambda: len(masters(deployment)) == 1, what="former masters end with their sockets")
+    main = deployment.on("gw1", "systemctl", "show", "nginx", "-p", "MainPID", "--value")
+    assert main.strip() == masters(deployment)[0]
+    assert await deployed("1.22") == {}
+
+
+DOES_NOT_SERVE = """#!/bin/sh
+case "$*" in
+    -v | *-t*) exec /usr/sbin/nginx.real "$@" ;;
+esac
+echo 'nginx: [emerg] this build does not start' >&2
+exit 1
+"""
+
+
+async def test_a_binary_that_does_not_take_over_leaves_the_old_one_serving(
+    deployment: Deployment, newer: str
+) -> None:
+    build_package(deployment, "1.26.99", binary=DOES_NOT_SERVE)
+    deployment.on("gw1", "sh", "-c", "cp /srv/build/tree/usr/sbin/nginx.real /usr/sbin/")
+    async with connect(deployment.gateway_url) as socket:
+        result = await asyncio.to_thread(
+            deployment.run, nginx_version=quoted("1.26.99"), keepalive_timeout_s=70
+        )
+        assert result.returncode != 0
+        assert "did not take over from the one that runs, which goes on" in result.output
+        await answers(socket)
+    assert running_version(deployment) == "1.22.1"
+    assert "keepalive_timeout 65;" in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+    async with connect(deployment.gateway_url) as socket:
+        await answers(socket)
+    result = await asyncio.to_thread(deployment.run, nginx_version=quoted("1.22"))
+    assert result.returncode == 0, result.output
+    deployment.on("gw1", "rm", "/usr/sbin/nginx.real")
+
+
+def test_a_version_that_nobody_has_is_refused_and_says_what_there_is(
+    deployment: Deployment, newer: str
+) -> None:
+    result = deployment.run(nginx_version=quoted("1.30"))
+    assert result.returncode != 0
+    assert f"no nginx 1.30; there: 1.22.1, {newer}" in result.output
+    assert running_version(deployment) == "1.22.1"

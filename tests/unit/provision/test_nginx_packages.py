@@ -1,0 +1,273 @@
+"""Where nginx comes from: what fits, what is chosen, and which commands bring it there.
+
+What dnf makes of them is in tests/deploy/test_nginx_versions.py.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from provision import facts, nginx_packages, preflight
+from provision.nginx_packages import REPOSITORY, Wanted
+from provision.settings import GatewaySettings
+from tests.unit.provision.fleets import fleet, gateway, worker
+from tests.unit.provision.test_operations import FakeHosts
+from tests.unit.provision.test_settings import problems
+
+CHECKOUT = Path(__file__).resolve().parents[3]
+# What every ask of this module starts with.
+ASKING = ("os-release", "repoquery", "madison", "stat -c")
+NOTING = "journal=$record/journal"  # files/record.sh, which has tests of its own
+
+
+def declared(**data: Any) -> Wanted:
+    return nginx_packages.wanted(fleet(gateway(**data), worker()).gateways["gw1"])
+
+
+def has(*packages: str, manager: str = "dnf", **said: str) -> list[str]:
+    """A host's answer."""
+    facts_said = {"system": "rocky", "release": "9", "codename": "", "manager": manager, **said}
+    lines = [f"{key}={value}" for key, value in facts_said.items()]
+    return [*lines, *(f"package={package}" for package in packages)]
+
+
+def found(*packages: str, **said: str) -> facts.PackageState:
+    return facts.Packages().process(has(*packages, **said))
+
+
+def commands(host: list[str], offered: list[str] | None = None, **data: Any) -> list[str]:
+    """What is done to a host that answers so."""
+    answers = {"os-release": host, "repoquery": offered or [], "madison": offered or []}
+    hosts = FakeHosts({"h": answers})
+    (done,) = hosts.run(nginx_packages.nginx_installed, declared=declared(**data)).values()
+    return [command for command in done if not any(word in command for word in (*ASKING, NOTING))]
+
+
+def refusal(host: list[str], offered: list[str], **data: Any) -> FakeHosts:
+    answers = {"os-release": host, "repoquery": offered, "madison": offered}
+    hosts = FakeHosts({"h": answers})
+    with pytest.raises(Exception, match="hosts"):
+        hosts.run(nginx_packages.nginx_installed, declared=declared(**data))
+    return hosts
+
+
+EL = "nginx 1:1.20.1-22.el9"
+ORG = "nginx 1:1.26.3-1.el9.ngx"
+
+
+@pytest.mark.parametrize(
+    ("data", "state", "fitting"),
+    [
+        ({}, found(EL), True),
+        ({}, found(), False),
+        # Nothing is upgraded because something newer is there, nor replaced because of where it
+        # is from, unless it came by this deploy's repository.
+        ({}, found(ORG), True),
+        ({}, found(ORG, file=nginx_packages.DNF_REPOSITORY), False),
+        ({"nginx_version": "1.20"}, found(EL), True),
+        ({"nginx_version": "1.20.2"}, found(EL), False),
+        ({"nginx_version": "1.26"}, found(EL), False),
+        ({"nginx_source": "nginx.org"}, found(ORG), True),
+        ({"nginx_source": "nginx.org"}, found(EL), False),
+        ({"nginx_source": "nginx.org"}, found("nginx 1.26.3-1~bookworm"), True),
+        ({"nginx_source": "nginx.org"}, found("nginx 1.22.1-9+deb12u3"), False),
+        (
+            {"nginx_source": "module", "nginx_stream": "1.24"},
+            found("nginx 1:1.24.0-4.module+el9", stream="1.24"),
+            True,
+        ),
+        (
+            {"nginx_source": "module", "nginx_stream": "1.24"},
+            found("nginx 1:1.24.0-4.module+el9", stream="1.22"),
+            False,
+        ),
+        ({"nginx_source": "module", "nginx_stream": "1.24"}, found(EL, stream="1.24"), False),
+    ],
+)
+def test_what_fits_is_told_from_what_does_not(
+    data: dict[str, Any], state: facts.PackageState, *, fitting: bool
+) -> None:
+    assert nginx_packages.fits(declared(**data), state) is fitting
+
+
+def test_a_host_that_has_what_is_declared_is_left_alone() -> None:
+    assert commands(has(EL)) == []
+    assert commands(has(EL), nginx_version="1.20") == []
+
+
+def test_without_a_wish_the_distribution_decides() -> None:
+    assert commands(has()) == ["dnf -y -q install nginx"]
+
+
+@pytest.mark.parametrize("now", [(), (EL,), ("nginx 2:1.28.0-1.el10",)])
+def test_a_pin_installs_upgrades_and_downgrades_to_the_newest_that_it_allows(
+    now: tuple[str, ...],
+) -> None:
+    offered = ["1:1.20.1-22.el9", "", "1:1.26.2-1.el9", "1:1.26.3-1.el9", "1:1.28.0-1.el9"]
+    assert commands(has(*now), offered, nginx_version="1.26") == [
+        "dnf -q --refresh makecache",
+        "dnf -y -q install nginx-1:1.26.3-1.el9",
+    ]
+
+
+def test_a_version_that_nobody_offers_is_refused_and_nothing_installed() -> None:
+    hosts = refusal(has(EL), ["1:1.20.1-22.el9"], nginx_version="1.30")
+    (host,) = hosts.state.inventory
+    assert not any(command.startswith("dnf -y") for command in host.connector.executed_commands)
+
+
+def test_what_is_there_is_said_where_the_wanted_version_is_not() -> None:
+    chosen, said = nginx_packages.choose(
+        declared(nginx_version="1.30"), ["1:1.22.1-1.el9", "1:1.20.1-1.el9", "Last metadata"]
+    )
+    assert chosen is None
+    assert "no nginx 1.30; there: 1.20.1, 1.22.1" in said[0]
+
+
+def test_a_version_that_cannot_do_what_is_set_is_not_installed() -> None:
+    wanted = declared(upstream_sticky="w")
+    _, said = nginx_packages.choose(wanted, ["1:1.20.1-22.el9"])
+    assert "upstream_sticky needs nginx 1.29.6" in said[0]
+    chosen, said = nginx_packages.choose(wanted, ["1:1.20.1-22.el9", "1:1.30.2-1.el9"])
+    assert (chosen, said) == ("1:1.30.2-1.el9", [])
+
+
+def test_a_module_stream_is_enabled_after_the_one_before_was_reset() -> None:
+    wish = {"nginx_source": "module", "nginx_stream": "1.24"}
+    offered = ["1:1.24.0-4.module+el9"]
+    assert commands(has(EL, stream="1.22"), offered, **wish) == [
+        "dnf -y -q module reset nginx",
+        "dnf -y -q module enable nginx:1.24",
+        "dnf -q --refresh makecache",
+        "dnf -y -q install nginx-1:1.24.0-4.module+el9",
+    ]
+    assert commands(has(), offered, **wish)[0] == "dnf -y -q module enable nginx:1.24"
+
+
+def test_nginx_orgs_packages_come_from_its_repository_alone_and_replace_the_split_ones() -> None:
+    done = commands(
+        has(EL, "nginx-core 1:1.20.1-22.el9"),
+        ["1:1.26.3-1.el9.ngx", "1:1.28.0-1.el9.ngx"],
+        nginx_source="nginx.org",
+        nginx_version="1.26",
+    )
+    placed = [command.split()[-1] for command in done if command.startswith("mv -fT")]
+    assert placed == [nginx_packages.DNF_KEY, nginx_packages.DNF_REPOSITORY]
+    assert f"--disablerepo=* --enablerepo={REPOSITORY}" in done[-2].replace("'", "")
+    assert done[-1] == "dnf -y -q swap nginx-core nginx-1:1.26.3-1.el9.ngx"
+
+
+def test_back_to_the_distribution_the_repository_goes_after_its_package() -> None:
+    done = commands(
+        has(ORG, file=nginx_packages.DNF_REPOSITORY), ["1:1.20.1-22.el9"], nginx_version="1.20"
+    )
+    assert done == [
+        f"dnf -q --refresh --disablerepo={REPOSITORY} makecache",
+        "dnf -y -q install --allowerasing nginx-1:1.20.1-22.el9",
+        f"rm -f -- {nginx_packages.DNF_REPOSITORY}",
+    ]
+
+
+MADISON = [
+    " nginx | 1.26.3-1~bookworm | https://nginx.org/packages/debian bookworm/nginx amd64 Packages",
+    " nginx | 1.22.1-9+deb12u3 | http://deb.example/debian bookworm/main amd64 Packages",
+]
+DEBIAN = {"manager": "apt", "system": "debian", "release": "12", "codename": "bookworm"}
+
+
+def test_apt_takes_debians_packages_of_one_version() -> None:
+    done = commands(has(**DEBIAN), MADISON)
+    assert done[0] == "apt-get -qq update"
+    assert done[1].endswith("install nginx=1.22.1-9+deb12u3 nginx-common=1.22.1-9+deb12u3")
+    assert "--allow-downgrades" in done[1]
+
+
+def test_apt_takes_nginx_orgs_package_from_its_repository() -> None:
+    done = commands(has(**DEBIAN), MADISON, nginx_source="nginx.org")
+    placed = [command.split()[-1] for command in done if command.startswith("mv -fT")]
+    assert placed == [nginx_packages.APT_KEY, nginx_packages.APT_REPOSITORY]
+    assert done[-1].endswith("install 'nginx=1.26.3-1~bookworm'")
+
+
+def test_apt_has_no_module_streams() -> None:
+    refusal(has(**DEBIAN), [], nginx_source="module", nginx_stream="1.24")
+
+
+@pytest.mark.parametrize(
+    ("stream", "folder"), [(None, "http://m/p"), ("mainline", "http://m/p/mainline")]
+)
+def test_the_repositories_believe_the_key_alone(stream: str | None, folder: str) -> None:
+    wish = declared(nginx_source="nginx.org", nginx_mirror="http://m/p", nginx_stream=stream)
+    key, repository = nginx_packages.repository_files(wish, found())
+    text = repository.content
+    assert isinstance(text, bytes)
+    assert f"baseurl={folder}/centos/9/$basearch/\n".encode() in text
+    assert b"\ngpgcheck=1\n" in text
+    assert f"gpgkey=file://{key.path}\n".encode() in text
+    _, sources = nginx_packages.repository_files(wish, found(**DEBIAN))
+    assert isinstance(sources.content, bytes)
+    assert f"URIs: {folder}/debian\nSuites: bookworm\n".encode() in sources.content
+    assert f"Signed-By: {nginx_packages.APT_KEY}\n".encode() in sources.content
+
+
+def test_the_key_that_ships_is_nginxs_own(tmp_path: Path) -> None:
+    """By fingerprints, as https://nginx.org/en/pgp_keys.html and the runbook have them."""
+    key = CHECKOUT / GatewaySettings.model_fields["nginx_signing_key"].default
+    try:
+        shown = subprocess.run(
+            ["gpg", "--homedir", str(tmp_path), "--show-keys", "--with-colons", str(key)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except FileNotFoundError:
+        pytest.skip("gpg is not installed, which reads the key")
+    lines = [line.split(":") for line in shown.stdout.splitlines()]
+    fingerprints = {fields[9] for fields in lines if fields[0] == "fpr"}
+    assert fingerprints == {
+        "573BFD6B3D8FBC641079A6ABABF5BD827BD9BF62",
+        "8540A6F18833A80E9C1653A42FD21310B49F6B46",
+        "9E9BE90EACBCDE69FE9B204CBCDCD8A38D88A2B3",
+    }
+    assert all(name in (CHECKOUT / "docs/runbook.md").read_text() for name in fingerprints)
+
+
+def test_a_key_that_is_none_is_refused_before_anything_else(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("ssh-ed25519 AAAA")
+    assert "holds no public key" in preflight._key_problems(str(tmp_path / "key"))[0]
+    assert "cannot be read" in preflight._key_problems(str(tmp_path / "none"))[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"nginx_source": "module"}, 'as "1.24"'),
+        ({"nginx_source": "module", "nginx_stream": "stable"}, 'as "1.24"'),
+        ({"nginx_stream": "1.24"}, "means nothing to nginx_source 'distribution'"),
+        ({"nginx_source": "nginx.org", "nginx_stream": "1.24"}, "'stable' and 'mainline'"),
+        (
+            {"nginx_source": "module", "nginx_stream": "1.24", "nginx_version": "1.26"},
+            "1.26 is not in the nginx_stream 1.24",
+        ),
+        ({"nginx_mirror": "ftp://x"}, "nginx_mirror"),
+        ({"nginx_mirror": "https://x/\nevil"}, "nginx_mirror"),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused(data: dict[str, Any], message: str) -> None:
+    assert message in "\n".join(problems(gateway(**data), worker()))
+
+
+def test_what_needs_a_newer_one_is_looked_for() -> None:
+    assert not declared().by_choice
+    assert declared(upstream_sticky="w").by_choice
+
+
+def test_the_files_that_it_leaves_are_declared() -> None:
+    """What uninstalling has to take away."""
+    for state in (found(), found(**DEBIAN)):
+        placed = nginx_packages.repository_files(declared(nginx_source="nginx.org"), state)
+        assert {managed.path for managed in placed} <= set(nginx_packages.FILES)
