@@ -2,8 +2,8 @@
 dnf, or nginx.org's own, by dnf (Enterprise Linux 8 to 10) or apt (Debian, Ubuntu).
 
 Installing replaces files only: what a live nginx runs is changed by `operations.run_nginx`, which
-hands its sockets on. Packages that do so themselves (nginx-upgrade of Enterprise Linux, Debian's
-postinst) leave it nothing to do.
+hands its sockets on. Enterprise Linux's packages do so themselves and leave it nothing to do;
+Debian's would restart nginx, and are kept from it.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ APT_KEY = f"/usr/share/keyrings/{REPOSITORY}.asc"
 
 # What this module leaves on hosts, beside the package: only while nginx_source is "nginx.org".
 FILES = (DNF_REPOSITORY, DNF_KEY, APT_REPOSITORY, APT_KEY)
+
+# What decides whether Debian's packages may start and stop services. There only while they are
+# installed (files/apt-install.sh).
+APT_POLICY = "/usr/sbin/policy-rc.d"
 
 # Enterprise Linux 9 and 10 have the binary in a package of its own, which nginx.org's replaces;
 # Debian's nginx wants nginx-common of exactly its version.
@@ -215,12 +219,9 @@ def _by_apt(declared: Wanted, found: facts.PackageState) -> Commands:
         yield fail(*problems)
         return
     companions = () if is_of_nginx_org(chosen) else (f"{COMMON}={chosen}",)
-    yield quoted(
-        *("env", "DEBIAN_FRONTEND=noninteractive"),
-        *("apt-get", "-qq", "-y", "--no-install-recommends", "--allow-downgrades"),
-        *("-o", "Dpkg::Options::=--force-confold", "install"),
-        *(f"{declared.package}={chosen}", *companions),
-    )
+    packages = (f"{declared.package}={chosen}", *companions)
+    text = rendering.shell("apt-install.sh")
+    yield quoted("sh", "-c", text, "apt-install", APT_POLICY, *packages)
 
 
 def madison(lines: Iterable[str], mirror: str, *, ours: bool) -> list[str]:

@@ -24,6 +24,7 @@ STATIC_FILES = (
     "404.html",
     "50x.html",
     "nginx.logrotate",
+    "apt-install.sh",
     "handshake.sh",
     "nginx-activate.sh",
     "nginx_exporter.py",

@@ -5,7 +5,9 @@ What dnf makes of them is in tests/deploy/test_nginx_versions.py.
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,15 +184,62 @@ DEBIAN = {"manager": "apt", "system": "debian", "release": "12", "codename": "bo
 def test_apt_takes_debians_packages_of_one_version() -> None:
     done = commands(has(**DEBIAN), MADISON)
     assert done[0] == "apt-get -qq update"
-    assert done[1].endswith("install nginx=1.22.1-9+deb12u3 nginx-common=1.22.1-9+deb12u3")
-    assert "--allow-downgrades" in done[1]
+    assert done[1].endswith(
+        f"{nginx_packages.APT_POLICY} nginx=1.22.1-9+deb12u3 nginx-common=1.22.1-9+deb12u3"
+    )
 
 
 def test_apt_takes_nginx_orgs_package_from_its_repository() -> None:
     done = commands(has(**DEBIAN), MADISON, nginx_source="nginx.org")
     placed = [command.split()[-1] for command in done if command.startswith("mv -fT")]
     assert placed == [nginx_packages.APT_KEY, nginx_packages.APT_REPOSITORY]
-    assert done[-1].endswith("install 'nginx=1.26.3-1~bookworm'")
+    assert done[-1].endswith(f"{nginx_packages.APT_POLICY} 'nginx=1.26.3-1~bookworm'")
+
+
+@pytest.fixture
+def apt(tmp_path: Path) -> Callable[[], list[str]]:
+    """Runs files/apt-install.sh with an apt-get that asks as Debian's scripts do; what it saw."""
+    policy, saw = tmp_path / "policy-rc.d", tmp_path / "saw"
+    program = tmp_path / "apt-get"
+    program.write_text(
+        f'#!/bin/sh\nfor unit in nginx nginx.service ssh; do {policy} --quiet "$unit" restart\n'
+        f'echo "$unit $?" >>{saw}; done; echo "$*" >>{saw}\n'
+    )
+    program.chmod(0o755)
+
+    def install() -> list[str]:
+        subprocess.run(
+            ["sh", str(CHECKOUT / "files/apt-install.sh"), str(policy), "nginx=1.22.1-9"],
+            env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+            check=True,
+        )
+        return saw.read_text().splitlines()
+
+    return install
+
+
+def test_debians_scripts_leave_the_running_nginx_alone(
+    apt: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    *units, arguments = apt()
+    assert units == ["nginx 101", "nginx.service 101", "ssh 0"]  # 101: forbidden
+    assert arguments.endswith("install nginx=1.22.1-9")
+    assert not (tmp_path / "policy-rc.d").exists()
+
+
+def test_a_policy_of_somebody_else_stays_and_one_that_was_left_goes(
+    apt: Callable[[], list[str]], tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy-rc.d"
+    policy.write_text("#!/bin/sh\nexit 104\n")
+    policy.chmod(0o755)
+    assert apt()[0] == "nginx 104"
+    assert policy.exists()
+    mark = "# Written by the gateway's deploy, for as long as it installs nginx."
+    policy.write_text(f"#!/bin/sh\n{mark}\n")
+    (tmp_path / "saw").unlink()
+    assert apt()[0] == "nginx 101"
+    assert not policy.exists()
 
 
 def test_apt_has_no_module_streams() -> None:
