@@ -7,7 +7,7 @@ proof that clients are served; at last what is no longer declared goes away.
 from pyinfra import host, inventory
 
 from provision import preflight
-from provision.gateway import gateway
+from provision.gateway import gateway, install
 from provision.operations import barrier, report
 from provision.verify import verify_gateway, verify_workers
 from provision.workers import plan, retire, worker
@@ -15,7 +15,10 @@ from provision.workers import plan, retire, worker
 fleet = preflight.current_fleet(inventory)
 as_gateway = fleet.gateways.get(host.name)
 as_worker = fleet.workers.get(host.name)
-planned = plan(as_worker) if as_worker else None
+planned = plan(as_worker, fleet) if as_worker else None
+
+if as_gateway and as_worker and as_worker.unix_sockets:
+    install(as_gateway)  # for its user, who may open the workers' sockets
 
 if as_worker and planned:
     worker(as_worker, fleet, planned)
@@ -28,10 +31,10 @@ if as_gateway:
 barrier(name="Gateways are configured")
 
 if as_worker and planned:
-    verify_workers(as_worker, planned)
+    verify_workers(as_worker, fleet, planned)
 
 if as_gateway:
-    verify_gateway(as_gateway)
+    verify_gateway(as_gateway, fleet)
 
 barrier(name="Clients are served")
 

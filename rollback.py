@@ -18,7 +18,7 @@ as_gateway = fleet.gateways.get(host.name)
 as_worker = fleet.workers.get(host.name)
 
 if as_worker and "workers" in sides:
-    workers.previous(as_worker)
+    workers.previous(as_worker, fleet)
 
 barrier(name="Workers are ready")
 
@@ -28,6 +28,6 @@ if as_gateway and "gateways" in sides:
 barrier(name="Gateways are back")
 
 if as_gateway:
-    verify_gateway(as_gateway)
+    verify_gateway(as_gateway, fleet)
 
 report(name="What this run came to")

@@ -16,22 +16,13 @@ say() { printf '%s\n' "$*" >&2; }
 
 candidate_of() { printf '%s/.%s.candidate' "${1%/*}" "${1##*/}"; }
 
-# More than once: a worker that is just being restarted must not condemn a configuration.
-clients_are_served() {
-    for _ in $(seq 5); do
-        is_served "$(handshake_status "$1" 2>/dev/null)" "$1" && return 0
-        sleep 0.5
-    done
-    return 1
-}
-
 # Where a configuration serves clients; nothing before the first deploy.
 probe_of() {
     sed -n -e 's/^ *# Probed by the deploy: //p' -e 's/^ *listen \([0-9]*\) default_server.*/\1/p' \
         "$1" 2>/dev/null | head -n 1
 }
 
-port_in() { printf '%s' "$1" | sed 's/^tls://; s/ .*//'; }
+first_of() { printf '%s' "${1%%$'\n'*}" | sed 's/^tls://'; }
 
 master() { cat /run/nginx.pid 2>/dev/null; }
 
@@ -200,8 +191,11 @@ else
 fi
 
 probe_before=$(probe_of "$conf")
-served_before=no
-[[ -n $probe_before ]] && clients_are_served "$probe_before" && served_before=yes
+served_before=no silent_before=''
+if [[ -n $probe_before ]]; then
+    silent_before=$(silent_of "$probe_before")
+    [[ $silent_before == "$(places_of "$probe_before")" ]] || served_before=yes
+fi
 swap_in "${files[@]}" || { say "could not swap the files in; run again when that is mended"; exit 1; }
 if reload_or_start; then
     # Where clients were not served before, this configuration is not to blame: the deploy's
@@ -211,7 +205,7 @@ if reload_or_start; then
         printf '%s\n' "$digest" >"$state/applied.candidate" && mv -f "$state/applied.candidate" "$state/applied"
         exit 0
     fi
-    say "port $(port_in "$probe") does not answer a WebSocket handshake; before this change port $(port_in "$probe_before") did"
+    say "port $(first_of "$lost") does not answer a WebSocket handshake; before this change port $(first_of "$(without "$(places_of "$probe_before")" "$silent_before")") did"
 fi
 if [[ $served_before == yes && -n $swapped$old_master ]]; then
     put_back

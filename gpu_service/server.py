@@ -155,7 +155,7 @@ class InferenceServer:
             ping_interval_s=settings.ping_interval_s,
             ping_timeout_s=settings.ping_timeout_s,
         )
-        self._listening: asyncio.Server | None = None
+        self._listening: list[asyncio.Server] = []
         self._connections: set[Session] = set()  # whatever they are or become
         self._fewer_connections = asyncio.Event()
         self._log_limits = {
@@ -168,10 +168,13 @@ class InferenceServer:
         """Where it is in its life."""
         return self._state
 
-    async def start(self, listener: socket.socket) -> None:
-        """Listen on the bound socket `listener`, which the server owns from here on."""
+    async def start(self, *listeners: socket.socket) -> None:
+        """Listen on the bound sockets, which the server owns from here on."""
         loop = asyncio.get_running_loop()
-        self._listening = await loop.create_server(self._session, sock=listener, backlog=_BACKLOG)
+        for listener in listeners:
+            is_unix = listener.family == socket.AF_UNIX
+            create = loop.create_unix_server if is_unix else loop.create_server
+            self._listening.append(await create(self._session, sock=listener, backlog=_BACKLOG))
         self._move(State.READY)
         self._metrics.ready.value = 1
 
@@ -181,10 +184,11 @@ class InferenceServer:
         In order: not ready any more, no new connections, answers to what is in flight, close
         with 1012. What takes longer than `drain_timeout_s` is cut off.
         """
-        assert self._listening is not None, "start() comes first"
+        assert self._listening, "start() comes first"
         self._move(State.DRAINING)
         self._metrics.ready.value = 0
-        self._listening.close()
+        for listening in self._listening:
+            listening.close()
         for session in list(self._sessions):
             session.drain()
         try:

@@ -89,6 +89,11 @@ class Settings:
     )
     host: str = _setting("127.0.0.1", "address to listen on", pattern=r"\S+")
     port: int = _setting(9005, "TCP port to listen on; 0: any free one", at_least=0, at_most=65535)
+    unix_socket: str = _setting(
+        "",
+        "path of a Unix socket to listen on as well, for a proxy on the same host; empty: none",
+        pattern=r"[^\0]{0,90}",
+    )
     device: str = _setting(
         "auto",
         "`cpu`, `cuda:N`, or `auto`: the first GPU if there is one, else the CPU",

@@ -10,7 +10,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from gpu_service.notify import Notifier
 from gpu_service.registry import Registry, in_thread
 from gpu_service.server import InferenceServer
 from gpu_service.settings import Settings, cpus_of
-from gpu_service.sockets import open_listener
+from gpu_service.sockets import open_listeners
 from gpu_service.telemetry import Telemetry
 
 T = TypeVar("T")
@@ -52,9 +52,9 @@ def run(settings: Settings, *, open_engine: Callable[[Settings, Path], Engine]) 
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     dispatcher: Dispatcher[InFlight] = Dispatcher(on_thread=lambda: _pin(settings.cpus))
     try:
-        listener = open_listener(settings.host, settings.port)
+        listeners = open_listeners(settings.host, settings.port, settings.unix_socket)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            code = runner.run(_live(settings, open_engine, dispatcher, listener))
+            code = runner.run(_live(settings, open_engine, dispatcher, listeners))
     except (StartupError, BundleError) as error:
         logs.error("start_failed", reason=str(error))
         code = 1
@@ -73,7 +73,7 @@ async def _live(
     settings: Settings,
     open_engine: Callable[[Settings, Path], Engine],
     dispatcher: Dispatcher[InFlight],
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
 ) -> int:
     """Serve until told to stop, or until the device fails for good: 0 and 1 as exit codes.
 
@@ -100,7 +100,7 @@ async def _live(
         ),
         drain_timeout_s=settings.drain_timeout_s,
     )
-    host, port = listener.getsockname()[:2]
+    host, port = listeners[0].getsockname()[:2]
     worker = settings.worker or f"{socket.gethostname()}:{port}"
     telemetry = Telemetry.of(settings, worker=worker)
     server = InferenceServer(
@@ -117,7 +117,7 @@ async def _live(
     _raise_descriptor_limit(settings.max_connections)
     notifier = Notifier()
     async with control.listening(settings.control, registry):
-        await server.start(listener)
+        await server.start(*listeners)
         watchdog = asyncio.create_task(_feed_watchdog(notifier, dispatcher))
         models = ", ".join(f"{engine.model.name} {engine.model.version}" for engine in engines)
         logs.info("ready", host=host, port=port, worker=worker, model=models, pid=os.getpid())

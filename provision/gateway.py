@@ -29,9 +29,7 @@ ERROR_PAGES = "/usr/share/nginx/gateway"
 def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     """Bring one gateway host to its declared state. Raises `RefusedError`, touching nothing."""
     cores = sized(settings, fleet)
-    declared = nginx_packages.wanted(settings)
-    nginx_packages.refuse_incapable(declared)
-    nginx_packages.nginx_installed(name="nginx is installed", declared=declared)
+    install(settings)
     # Before the mode: in enforcing mode, not a moment without it.
     if settings.selinux_allow_connect:
         operations.selinux_boolean(
@@ -55,9 +53,16 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
         name="nginx runs this configuration",
         files=supporting_files(settings, fleet, cores),
         main=partial(nginx_conf, settings, fleet, cores),
-        probe=settings.probe,
+        probe=fleet.probe(settings),
     )
     metrics.exporter(settings)
+
+
+def install(settings: GatewaySettings) -> None:
+    """nginx itself, and with it its user: what workers need that it reaches by Unix sockets."""
+    declared = nginx_packages.wanted(settings)
+    nginx_packages.refuse_incapable(declared)
+    nginx_packages.nginx_installed(name="nginx is installed", declared=declared)
 
 
 @deploy("Gateway rollback")

@@ -88,7 +88,7 @@ def targets(fleet: Fleet) -> list[dict[str, Any]]:
     workers = {
         f"{name}:{port}": f"{_bracketed(fleet.addresses[name])}:{port}"
         for name, worker in fleet.workers.items()
-        for port in worker.worker_ports
+        for port in fleet.ports(worker)
     }
     return [
         {"targets": [address], "labels": {"job": job, "host": name.partition(":")[0]}}

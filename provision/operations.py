@@ -12,11 +12,11 @@ import difflib
 import hashlib
 import io
 import posixpath
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pyinfra import host, logger, state
 from pyinfra.api import (
@@ -34,6 +34,7 @@ from pyinfra.connectors.util import CommandOutput
 from provision import facts, nginx_versions, record, rendering
 from provision.facts import SelinuxMode, quoted, script
 from provision.nginx_versions import Version
+from provision.settings import unix_socket
 
 Commands = Generator[
     StringCommand | FileUploadCommand | FileDownloadCommand | FunctionCommand, None, None
@@ -49,6 +50,14 @@ def _say_and_fail(state: State, host: Host, lines: Iterable[str]) -> bool:
     for line in lines:
         host.log_styled(line, fg="red", log_func=logger.error)
     return False
+
+
+Item = TypeVar("Item")
+
+
+def each(items: Iterable[Item]) -> Iterator[Item]:
+    """The items, for a loop with operations in it: pyinfra keeps them in order across hosts."""
+    yield from host.loop(items)  # type: ignore[no-untyped-call]
 
 
 def executing() -> bool:
@@ -638,4 +647,5 @@ def retire_workers(keep: Iterable[int], settings_file: Callable[[int], str]) -> 
         units = (f"gpu-worker@{port}.socket", f"gpu-worker@{port}.service")
         yield quoted("systemctl", "disable", "--quiet", "--now", *units)
         path = settings_file(port)
-        yield quoted("rm", "-f", "--", path, f"{path}.previous", f"{path}.rollback")
+        left = (path, f"{path}.previous", f"{path}.rollback", unix_socket(port))
+        yield quoted("rm", "-f", "--", *left)

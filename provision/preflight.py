@@ -26,7 +26,7 @@ from pyinfra.api.inventory import Inventory
 
 from gpu_service import admission, bundle
 from gpu_service.dispatch import StartupError
-from provision import quality, rendering
+from provision import facts, quality, rendering
 from provision.rendering import CHECKOUT
 from provision.settings import (
     SERVING,
@@ -151,9 +151,28 @@ def current_fleet(inventory: Inventory, *, with_files: bool = True) -> Fleet:
     known = getattr(inventory, "_gateway_fleet", None)
     if isinstance(known, Fleet):
         return known
-    fleet = _checked(inventory, with_files=with_files, needed=_needed())
+    fleet = _with_gpus(_checked(inventory, with_files=with_files, needed=_needed()), inventory)
     inventory._gateway_fleet = fleet  # type: ignore[attr-defined]
     return fleet
+
+
+def _with_gpus(fleet: Fleet, inventory: Inventory) -> Fleet:
+    """The fleet with the ports that follow from GPUs: gateways have to know those of all hosts."""
+    hosts = {name: inventory.get_host(name) for name in fleet.asked_for_gpus()}
+    silent = [name for name, host in hosts.items() if host is None or not host.connected]
+    if silent:
+        raise RefusedError(
+            [
+                f"{name}: worker_ports is 'per-gpu' and the host is not connected, so its GPUs are "
+                "not known; connect to it, or list its ports in worker_ports"
+                for name in silent
+            ]
+        )
+    found = {name: host.get_fact(facts.HostHardware) for name, host in hosts.items() if host}
+    try:
+        return fleet.with_gpus({name: hardware.nvidia_gpus for name, hardware in found.items()})
+    except InvalidFleetError as error:
+        raise RefusedError(error.problems) from None
 
 
 def rollback_sides(host: Any) -> frozenset[str]:
@@ -227,10 +246,10 @@ def _resolved(hosts: Iterable[HostInput]) -> dict[str, str]:
 
 
 def _bundle_problems(hosts: Iterable[HostInput]) -> list[str]:
-    default = WorkerSettings.model_fields["model"].default
-    models = {host.data.get("model", default) for host in hosts if Group.WORKERS in host.groups}
+    workers = [host for host in hosts if Group.WORKERS in host.groups]
+    models = {model for host in workers for model in _models(host.data) if isinstance(model, str)}
     problems = []
-    for model in sorted(model for model in models if isinstance(model, str)):
+    for model in sorted(models):
         try:
             bundle_folder(model)
         except bundle.BundleError as error:
@@ -238,22 +257,35 @@ def _bundle_problems(hosts: Iterable[HostInput]) -> list[str]:
     return problems
 
 
+def _models(data: Mapping[str, Any]) -> list[Any]:
+    """What a worker host is to serve, by its data as they are: they may be wrong otherwise."""
+    services = data.get("services")
+    if isinstance(services, dict) and services:
+        return [service.get("model") for service in services.values() if isinstance(service, dict)]
+    return [data.get("model", WorkerSettings.model_fields["model"].default)]
+
+
 def _quality_problems(fleet: Fleet) -> list[str]:
     """Bundles that were measured worse than a host's settings want, each figure once."""
     problems: dict[str, None] = {}
     for worker in fleet.workers.values():
-        try:
-            folder = bundle_folder(worker.model)
-        except bundle.BundleError:
-            continue  # `_bundle_problems` says so
-        training = bundle.read_manifest(folder).training
-        missed = quality.problems(
-            training.metrics if training else {},
-            at_least=worker.min_metrics,
-            at_most=worker.max_metrics,
-        )
-        problems |= dict.fromkeys(f"model {worker.model} ({folder.name}): {m}" for m in missed)
+        for found in fleet.assignments(worker):
+            problems |= dict.fromkeys(_missed(found.settings))
     return list(problems)
+
+
+def _missed(worker: WorkerSettings) -> list[str]:
+    try:
+        folder = bundle_folder(worker.model)
+    except bundle.BundleError:
+        return []  # `_bundle_problems` says so
+    training = bundle.read_manifest(folder).training
+    missed = quality.problems(
+        training.metrics if training else {},
+        at_least=worker.min_metrics,
+        at_most=worker.max_metrics,
+    )
+    return [f"model {worker.model} ({folder.name}): {figure}" for figure in missed]
 
 
 def _file_problems(fleet: Fleet) -> list[str]:
@@ -263,8 +295,9 @@ def _file_problems(fleet: Fleet) -> list[str]:
         for wheel in worker.wheels:
             if not (CHECKOUT / wheel).is_file():
                 problems[f"worker_packages: {wheel} is no file; build it, or take it out"] = None
-        if worker.worker_tokens:
-            problems |= dict.fromkeys(_token_problems(worker.worker_tokens))
+        for found in fleet.assignments(worker):
+            if found.settings.worker_tokens:
+                problems |= dict.fromkeys(_token_problems(found.settings.worker_tokens))
     for gateway in fleet.gateways.values():
         if gateway.nginx_source == "nginx.org":
             problems |= dict.fromkeys(_key_problems(gateway.nginx_signing_key))

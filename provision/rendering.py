@@ -15,7 +15,7 @@ import jinja2
 
 from provision import lint, nginx_versions, sizing
 from provision.nginx_versions import Version
-from provision.settings import Fleet, GatewaySettings
+from provision.settings import SOCKETS, Fleet, GatewaySettings, WorkerSettings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEMPLATES = CHECKOUT / "templates"
@@ -101,11 +101,14 @@ def demand(gateway: GatewaySettings, fleet: Fleet, cores: int) -> sizing.Demand 
     if gateway.connections is None:
         return None
     processes = gateway.worker_processes
+    # All of the connections may be those of one service, of that with the fewest workers even;
+    # idle ones are kept for each.
+    services = fleet.service_names
     return sizing.Demand(
         connections=gateway.connections,
-        workers=len(fleet.upstream_servers()),
+        workers=min(len(fleet.upstreams(service)) for service in services),
         processes=cores if processes == "auto" else processes,
-        keepalive=gateway.upstream_keepalive,
+        keepalive=gateway.upstream_keepalive * len(services),
     )
 
 
@@ -145,7 +148,9 @@ def nginx_conf(
         "nginx.conf.j2",
         gateway=gateway,
         can=nginx_versions.abilities(version),
-        upstreams=fleet.upstreams(),
+        routes=fleet.routes(gateway),
+        sites=fleet.sites(gateway),
+        probe=fleet.probe(gateway),
         limits=limits(gateway, fleet, cores),
     )
 
@@ -165,13 +170,18 @@ def check_all(fleet: Fleet) -> None:
                 unit=nginx_unit(gateway, fleet).decode(),
                 hardened=gateway.profile == "hardened",
                 ping_interval_s=max(
-                    (w.service_option("ping_interval_s") for w in fleet.workers.values()),
+                    (
+                        found.settings.service_option("ping_interval_s")
+                        for worker in fleet.workers.values()
+                        for found in fleet.assignments(worker)
+                    ),
                     default=0,
                 ),
             )
     for worker in fleet.workers.values():
-        render("gpu-worker@.service.j2", **unit_placeholders(), worker=worker)
-        render("gpu-worker@.socket.j2", **unit_placeholders(), worker=worker)
+        values = {**unit_placeholders(), **unit_values(worker, fleet)}
+        render("gpu-worker@.service.j2", **values)
+        render("gpu-worker@.socket.j2", **values)
     for name in STATIC_FILES:
         static(name)
 
@@ -194,6 +204,18 @@ def _lint(host: str, text: str, *, unit: str, hardened: bool, ping_interval_s: f
     if faults:
         where = f"templates/nginx.conf.j2, as rendered for {host}"
         raise RenderError(f"{where}: {'; '.join(faults)}")
+
+
+def unit_values(worker: WorkerSettings, fleet: Fleet) -> dict[str, Any]:
+    """What the units of a host's workers are told: one unit for all of its services."""
+    found = [assignment.settings for assignment in fleet.assignments(worker)]
+    return {
+        "worker": worker,
+        "sockets": SOCKETS,
+        "sockets_of": local.nginx_user if (local := fleet.local_gateway(worker)) else None,
+        "descriptors": max((settings.descriptors for settings in found), default=0),
+        "stop_timeout_s": max((settings.stop_timeout_s for settings in found), default=0),
+    }
 
 
 def unit_placeholders() -> dict[str, Any]:

@@ -10,30 +10,35 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import itertools
 import math
 import posixpath
 import re
 import urllib.parse
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, parse_wheel_filename
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from gpu_service import settings as service_settings
 from gpu_service.training import settings as training_settings
-from provision import nginx_versions
-
-Port = Annotated[int, Field(strict=True, ge=1, le=65535)]
-Seconds = Annotated[int, Field(strict=True, ge=1, le=30 * 24 * 3600)]
-Metric = Annotated[float, Field(allow_inf_nan=False)]
-# Names that end up in a configuration file, a path or a command line: no blanks, no quotes,
-# no semicolons, whatever quoting the place uses.
-Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-AbsolutePath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9_./-]+$")]
+from provision import nginx_versions, services
+from provision.fields import (
+    PER_GPU,
+    AbsolutePath,
+    Metric,
+    Origin,
+    Port,
+    Record,
+    Seconds,
+    Token,
+    WorkerPorts,
+)
+from provision.services import Route, ServiceName, ServiceSettings, Site, Upstream
 
 
 class Group(StrEnum):
@@ -44,12 +49,10 @@ class Group(StrEnum):
     TRAINERS = "trainers"
 
 
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-class CommonSettings(_Settings):
+class CommonSettings(Record):
     """Of every host."""
+
+    _name: str = PrivateAttr(default="")
 
     address: str = Field(
         default="",
@@ -62,6 +65,23 @@ class CommonSettings(_Settings):
         if self.address:
             ipaddress.ip_address(self.address)
         return self
+
+    @property
+    def name(self) -> str:
+        """The host's name in the inventory."""
+        return self._name
+
+
+class ServingSettings(CommonSettings):
+    """Of hosts that clients are served by: gateways and workers."""
+
+    services: dict[ServiceName, ServiceSettings] = Field(
+        default_factory=dict,
+        description="Several services (models) behind the same gateways, each by a name of its "
+        'own: `{"digits": {"model": "models/digits", "path": "/digits"}, …}`; what one may say is '
+        "told below. Said for all hosts, in `group_data/all.py`. Empty: one service, the workers' "
+        "`model`, at `/`.",
+    )
 
 
 # What `profile = "hardened"` changes: defaults only, so that each can still be set alone.
@@ -101,7 +121,7 @@ class _Scraped(CommonSettings):
         return self
 
 
-class GatewaySettings(_Scraped):
+class GatewaySettings(ServingSettings, _Scraped):
     """Of hosts in `gateways`: nginx in front of the workers."""
 
     profile: Literal["reference", "hardened"] = Field(
@@ -210,9 +230,7 @@ class GatewaySettings(_Scraped):
         description="Certificates (PEM, on the gateway) of the authorities whose clients may "
         "connect by TLS; nobody else may. None: clients need no certificate.",
     )
-    allowed_origins: tuple[
-        Annotated[str, Field(pattern=r"^https?://(\*\.)?[a-z0-9][a-z0-9.-]*(:[0-9]{1,5})?$")], ...
-    ] = Field(
+    allowed_origins: tuple[Origin, ...] = Field(
         default=(),
         description="Origins whose pages may connect: exact, or `https://*.example.com` for all "
         "names below example.com. Others get 403. Programs send no Origin and are not asked. "
@@ -451,25 +469,17 @@ class GatewaySettings(_Scraped):
         return self.server_name.split()
 
     @property
-    def origin_patterns(self) -> list[tuple[str, int]]:
-        """Keys of nginx's map over the Origin, the most exact first, each with 0: not refused."""
-        exact = [f'"{o}"' for o in self.allowed_origins if "*" not in o]
-        below = [
-            '"~^' + o.replace(".", r"\.").replace(r"*\.", "(?:[a-z0-9_-]+" + r"\." + ")+") + '$"'
-            for o in self.allowed_origins
-            if "*" in o
-        ]
-        return [(key, 0) for key in dict.fromkeys([*exact, *below])]
+    def probed_port(self) -> str:
+        """Where the deploy asks whether clients are served."""
+        return f"tls:{self.tls_listen_port}" if self.tls_only else str(self.listen_port)
 
     @property
-    def probe(self) -> str:
-        """How the deploy asks whether clients are served, as files/handshake.sh reads it."""
-        place = f"tls:{self.tls_listen_port}" if self.tls_only else str(self.listen_port)
-        refusals = [
+    def probe_refusals(self) -> list[str]:
+        """Statuses with which nginx refuses the deploy, and shows by that what it runs."""
+        return [
             *(["400"] if self.tls_client_ca else []),  # the deploy has no client's certificate,
             *(["403"] if self.auth_request else []),  # and nothing that names it
         ]
-        return " ".join([place, *refusals])
 
 
 class PythonSettings(CommonSettings):
@@ -510,11 +520,27 @@ class PythonSettings(CommonSettings):
     )
 
 
-class WorkerSettings(PythonSettings, _Scraped):
+# Folder of the Unix sockets on hosts that are gateway and worker.
+SOCKETS = "/run/gpu-workers"
+
+
+def unix_socket(port: int) -> str:
+    """Where a worker listens for the nginx of its own host."""
+    return f"{SOCKETS}/{port}.sock"
+
+
+class WorkerSettings(ServingSettings, PythonSettings, _Scraped):
     """Of hosts in `workers`: the inference service."""
 
-    worker_ports: Annotated[tuple[Port, ...], Field(min_length=1, max_length=64)] = Field(
-        default=(9005, 9006), description="One worker process per port."
+    _gpus: int = PrivateAttr(default=0)
+
+    worker_ports: WorkerPorts = Field(
+        default=(9005, 9006),
+        description="One worker process per port. `'per-gpu'`: as many ports as the host has "
+        "NVIDIA GPUs that its workers use, at least one, from `first_worker_port` on.",
+    )
+    first_worker_port: Port = Field(
+        default=9005, description="First port where `worker_ports` is `'per-gpu'`."
     )
     model: str = Field(
         default="models/digits",
@@ -549,6 +575,12 @@ class WorkerSettings(PythonSettings, _Scraped):
         default="0.0.0.0",  # noqa: S104  the firewall decides who may connect
         description="Address that the workers listen on.",
     )
+    unix_sockets: bool = Field(
+        default=False,
+        description="On a host that is a gateway, too, its nginx reaches the workers by Unix "
+        f"sockets (`{SOCKETS}/PORT.sock`), which only nginx may open: no ports are used up, and "
+        "the way is shorter. Other gateways come by TCP as before.",
+    )
     socket_activation: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="Whether systemd holds the workers' listening sockets, so that connects wait "
@@ -580,7 +612,7 @@ class WorkerSettings(PythonSettings, _Scraped):
     def _consistent(self) -> Self:
         problems = []
         ipaddress.ip_address(self.worker_listen)
-        repeated = sorted({p for p in self.worker_ports if self.worker_ports.count(p) > 1})
+        repeated = sorted({p for p in self.ports if self.ports.count(p) > 1})
         if repeated:
             problems.append(f"worker_ports names {', '.join(map(str, repeated))} more than once")
         problems += _service_problems(self.service_options)
@@ -591,6 +623,16 @@ class WorkerSettings(PythonSettings, _Scraped):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """`worker_ports` as numbers. Where they follow from the GPUs, the first one alone until
+        the host was asked (`Fleet.with_gpus`).
+        """
+        if isinstance(self.worker_ports, tuple):
+            return self.worker_ports
+        count = max(1, self._gpus if self.worker_device != "cpu" else 0)
+        return tuple(range(self.first_worker_port, self.first_worker_port + count))
 
     def service_option(self, name: str) -> Any:
         """Value of an option of the service: as set here, or its own default."""
@@ -722,6 +764,7 @@ MANAGED_SERVICE_OPTIONS = frozenset(
         "worker",
         "deployment",
         "control",
+        "unix_socket",
         "tokens_file",
         "trusted_proxies",
     }
@@ -803,12 +846,14 @@ class HostInput:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Upstream:
-    """A worker, as nginx spreads connections over it."""
+class Assignment:
+    """What one host runs of one service: the host's settings, with what the service says instead.
 
-    address: str  # address:port
-    weight: int
-    backup: bool
+    `service` is empty where there is only one.
+    """
+
+    service: str
+    settings: WorkerSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -820,21 +865,113 @@ class Fleet:
     trainers: Mapping[str, TrainerSettings]
     addresses: Mapping[str, str]
 
-    def upstreams(self) -> list[Upstream]:
-        """Every worker, host by host, port by port."""
+    @property
+    def services(self) -> Mapping[str, ServiceSettings]:
+        """As declared; empty where there is one service only, that of the workers' `model`."""
+        hosts: Iterator[ServingSettings] = itertools.chain(
+            self.gateways.values(), self.workers.values()
+        )
+        return next((host.services for host in hosts), {})
+
+    @property
+    def service_names(self) -> list[str]:
+        """Of all services; the empty name where there is one only."""
+        return list(self.services) or [""]
+
+    def assignments(self, worker: WorkerSettings) -> list[Assignment]:
+        """What a worker host runs, service by service."""
+        if not self.services:
+            return [Assignment(service="", settings=worker)]
+        return [
+            Assignment(service=name, settings=_as_said(worker, service))
+            for name, service in self.services.items()
+            if not service.workers or worker.name in service.workers
+        ]
+
+    def ports(self, worker: WorkerSettings) -> list[int]:
+        """All ports of a worker host, service by service."""
+        return [port for found in self.assignments(worker) for port in found.settings.ports]
+
+    def asked_for_gpus(self) -> list[str]:
+        """Worker hosts whose ports follow from their GPUs."""
+        return [
+            name
+            for name, worker in self.workers.items()
+            if any(found.settings.worker_ports == PER_GPU for found in self.assignments(worker))
+        ]
+
+    def with_gpus(self, gpus: Mapping[str, int]) -> Fleet:
+        """The same fleet, of which so many NVIDIA GPUs are known by their host's name.
+
+        Raises `InvalidFleetError` where the ports that follow clash.
+        """
+        workers = {name: worker.model_copy() for name, worker in self.workers.items()}
+        for name, count in gpus.items():
+            workers[name]._gpus = count
+        fleet = dataclasses.replace(self, workers=workers)
+        problems = [
+            f"{name}: {len(fleet.ports(worker))} ports from first_worker_port on end above 65535"
+            for name, worker in workers.items()
+            if max(fleet.ports(worker), default=0) > 65535
+        ]
+        if problems := [*problems, *_clashes(fleet)]:
+            raise InvalidFleetError(problems)
+        return fleet
+
+    def local_gateway(self, worker: WorkerSettings) -> GatewaySettings | None:
+        """The gateway that reaches the workers of a host by Unix sockets, being the same host."""
+        return self.gateways.get(worker.name) if worker.unix_sockets else None
+
+    def upstreams(self, service: str = "", of: GatewaySettings | None = None) -> list[Upstream]:
+        """Every worker of a service, host by host, port by port: as the gateway `of` reaches it, or
+        else as other hosts do.
+        """
         return [
             Upstream(
-                address=f"{_bracketed(self.addresses[name])}:{port}",
+                address=f"unix:{unix_socket(port)}"
+                if of is not None and self.local_gateway(worker) is of
+                else f"{_bracketed(self.addresses[name])}:{port}",
                 weight=worker.weight,
                 backup=worker.backup,
             )
             for name, worker in self.workers.items()
-            for port in worker.worker_ports
+            for found in self.assignments(worker)
+            if found.service == service
+            for port in found.settings.ports
         ]
 
     def upstream_servers(self) -> list[str]:
-        """`address:port` of every worker, host by host, port by port."""
-        return [upstream.address for upstream in self.upstreams()]
+        """`address:port` of every worker, service by service."""
+        return [u.address for service in self.service_names for u in self.upstreams(service)]
+
+    def routes(self, gateway: GatewaySettings) -> list[Route]:
+        """Every service, as a gateway offers it."""
+        return [self._route(gateway, service) for service in self.service_names]
+
+    def _route(self, gateway: GatewaySettings, name: str) -> Route:
+        service = self.services.get(name)
+
+        def said(setting: str) -> Any:
+            value = None if service is None else getattr(service, setting)
+            return getattr(gateway, setting) if value is None else value
+
+        return Route(
+            service=name,
+            path="/" if service is None else service.path,
+            upstreams=self.upstreams(name, gateway),
+            allowed_origins=said("allowed_origins"),
+            client_max_connections=said("client_max_connections"),
+            client_handshakes_per_s=said("client_handshakes_per_s"),
+        )
+
+    def sites(self, gateway: GatewaySettings) -> list[Site]:
+        """A gateway's servers, the default one first."""
+        return services.sites(self.routes(gateway), self.services, gateway.server_names)
+
+    def probe(self, gateway: GatewaySettings) -> str:
+        """How the deploy asks whether clients are served, as files/handshake.sh reads it."""
+        places = services.probe(self.sites(gateway), gateway.probed_port)
+        return " ".join([places, *gateway.probe_refusals])
 
     @property
     def lead_trainer(self) -> str:
@@ -847,12 +984,18 @@ class Fleet:
     def gateway_addresses(self) -> list[str]:
         return [self.addresses[name] for name in self.gateways]
 
-    def keeps_sockets(self, worker: WorkerSettings) -> bool:
-        """Whether systemd holds the listening sockets of `worker`'s processes."""
-        if worker.socket_activation == "auto":
+    def keeps_sockets(self, assignment: Assignment) -> bool:
+        """Whether systemd holds the listening sockets of the worker processes."""
+        if assignment.settings.socket_activation == "auto":
             # With another worker there, a refused connect is the faster way to it.
-            return len(self.upstream_servers()) == 1
-        return worker.socket_activation == "on"
+            return len(self.upstreams(assignment.service)) == 1
+        return assignment.settings.socket_activation == "on"
+
+
+def _as_said(worker: WorkerSettings, service: ServiceSettings) -> WorkerSettings:
+    """A host's settings, with what a service says instead."""
+    options = {**worker.service_options, **service.service_options}
+    return worker.model_copy(update={**service.overrides(), "service_options": options})
 
 
 # Groups that have to have members: for serving, and for training.
@@ -909,6 +1052,7 @@ def parse_fleet(
     )
     problems += _group_problems(hosts, needed)
     problems += _differences(fleet)
+    problems += _service_conflicts(fleet)
     problems += _clashes(fleet)
     problems += _silences(fleet)
     problems += _backups(fleet)
@@ -929,9 +1073,16 @@ def _of_type(
 def _parse(model: type[CommonSettings], host: HostInput) -> tuple[CommonSettings | None, list[str]]:
     data = {key: value for key, value in host.data.items() if key in model.model_fields}
     try:
-        return model.model_validate(data), []
+        found = model.model_validate(data)
     except ValidationError as error:
-        return None, [f"{host.name}: {_readable(detail)}" for detail in error.errors()]
+        return None, [f"{_whose(host, detail)}{_readable(detail)}" for detail in error.errors()]
+    found._name = host.name
+    return found, []
+
+
+def _whose(host: HostInput, detail: Any) -> str:
+    """What is said for all hosts at once is reported once."""
+    return "" if detail["loc"][:1] == ("services",) else f"{host.name}: "
 
 
 def _readable(detail: Any) -> str:
@@ -1018,8 +1169,37 @@ def _clashes(fleet: Fleet) -> list[str]:
         place = (fleet.addresses.get(host) or host, port)
         claim = f"{host} {purpose}"
         if place in owners:
-            problems.append(f"port {port} on {place[0]}: wanted by {owners[place]} and by {claim}")
+            clash = f"port {port} on {place[0]}: wanted by {owners[place]} and by {claim}"
+            several = " of service " in owners[place] and " of service " in claim
+            hint = "; give one of the two worker_ports of its own" if several else ""
+            problems.append(f"{clash}{hint}")
         owners.setdefault(place, claim)
+    return problems
+
+
+def _service_conflicts(fleet: Fleet) -> list[str]:
+    hosts: list[tuple[str, ServingSettings]] = [*fleet.gateways.items(), *fleet.workers.items()]
+    problems = [
+        f"{name}: services differs from that of {hosts[0][0]}; all gateways and workers need the "
+        "same, so set it in group_data/all.py"
+        for name, host in hosts
+        if host.services != hosts[0][1].services
+    ]
+    own_names = {name: gateway.server_names for name, gateway in fleet.gateways.items()}
+    problems += services.problems(fleet.services, list(fleet.workers), own_names)
+    for worker in fleet.workers.values():
+        local = fleet.local_gateway(worker)
+        if local is not None and local.selinux_mode == "enforcing":
+            problems.append(
+                f"{worker.name}: selinux_mode 'enforcing' denies nginx the workers' Unix sockets, "
+                "whatever selinux_allow_connect says; take unix_sockets out, or set selinux_mode "
+                "'unmanaged' and allow it in a policy of your own (docs/runbook.md)"
+            )
+        for found in fleet.assignments(worker) if fleet.services else []:
+            problems += [
+                f"services.{found.service}: {problem}"
+                for problem in _service_problems(found.settings.service_options)
+            ]
     return problems
 
 
@@ -1027,14 +1207,15 @@ def _silences(fleet: Fleet) -> list[str]:
     """A socket that is idle but alive shows a ping now and then; nginx must wait for two."""
     problems = []
     for gateway_name, gateway in fleet.gateways.items():
-        for worker_name, worker in fleet.workers.items():
-            least = 2 * worker.service_option("ping_interval_s")
-            if gateway.proxy_read_timeout_s <= least:
-                problems.append(
-                    f"{gateway_name}: proxy_read_timeout_s is {gateway.proxy_read_timeout_s}, so "
-                    f"nginx would close idle sockets of {worker_name}; it has to be above twice "
-                    f"the service's ping_interval_s, which makes {least:g}"
-                )
+        for worker in fleet.workers.values():
+            for found in fleet.assignments(worker):
+                least = 2 * found.settings.service_option("ping_interval_s")
+                if gateway.proxy_read_timeout_s <= least:
+                    problems.append(
+                        f"{gateway_name}: proxy_read_timeout_s is {gateway.proxy_read_timeout_s}, "
+                        f"so nginx would close idle sockets of {worker.name}; it has to be above "
+                        f"twice the service's ping_interval_s, which makes {least:g}"
+                    )
     return problems
 
 
@@ -1049,11 +1230,14 @@ def _backups(fleet: Fleet) -> list[str]:
         for name, gateway in fleet.gateways.items()
         if gateway.upstream_balance == "ip_hash"
     ]
-    if len(backups) == len(fleet.workers):
-        problems.append(
-            f"{', '.join(backups)}: all workers are backups, so there is nothing that they are "
-            "backups of; take backup out for one host"
-        )
+    for service in fleet.service_names:
+        upstreams = fleet.upstreams(service)
+        if upstreams and all(upstream.backup for upstream in upstreams):
+            whose = f"service {service}" if service else ", ".join(backups)
+            problems.append(
+                f"{whose}: all workers are backups, so there is nothing that they are "
+                "backups of; take backup out for one host"
+            )
     return problems
 
 
@@ -1067,8 +1251,10 @@ def _listeners(fleet: Fleet) -> Iterable[tuple[str, int, str]]:
         if gateway.metrics_port:
             yield name, gateway.metrics_port, "metrics_port"
     for name, worker in fleet.workers.items():
-        for port in dict.fromkeys(worker.worker_ports):
-            yield name, port, "worker_ports"
+        for found in fleet.assignments(worker):
+            of = f" of service {found.service}" if found.service else ""
+            for port in dict.fromkeys(found.settings.ports):
+                yield name, port, f"worker_ports{of}"
 
 
 def _bracketed(address: str) -> str:
@@ -1092,6 +1278,7 @@ def reference() -> str:
             default = field.get_default(call_default_factory=True)
             shown = list(default) if isinstance(default, tuple) else default
             lines.append(f"| `{name}` | `{shown!r}` | {field.description} |")
+    lines += ["", "## `services`", "", *services.reference()]
     lines += ["", "## `service_options`", "", service_settings.reference(), ""]
     return "\n".join(lines)
 

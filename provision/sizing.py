@@ -166,7 +166,8 @@ nothing is asked of the host.
 
 {table()}
 Each gateway has to hold all of its connections while one of the workers is down; hence the column
-of ports, which are those of one source address to one address of a worker.
+of ports, which are those of one source address to one address of a worker. With several `services`,
+all connections may be those of the one with the fewest workers, and idle ones are kept for each.
 
 | from | follows | because |
 |---|---|---|

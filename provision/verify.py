@@ -18,27 +18,29 @@ from pyinfra.api import deploy, operation
 
 from provision import rendering, workers
 from provision.facts import quoted, script
-from provision.operations import Commands, ask, executing, fail
-from provision.settings import GatewaySettings, WorkerSettings
+from provision.operations import Commands, ask, each, executing, fail
+from provision.settings import Fleet, GatewaySettings, WorkerSettings
 
 
 @deploy("Verify workers")
-def verify_workers(settings: WorkerSettings, planned: workers.Plan) -> None:
-    if settings.worker_tokens:
-        ready(
-            name="Each worker is ready",
-            address=_reachable(settings),
-            ports=settings.worker_ports,
-        )
-        return
-    predict(
-        name="One real prediction per worker",
-        urls=[f"ws://{_reachable(settings)}:{port}" for port in settings.worker_ports],
-        bundle=planned.model.link,
-        python=planned.python,
-        release=planned.release.folder,
-        user=settings.service_user,
-    )
+def verify_workers(settings: WorkerSettings, fleet: Fleet, planned: workers.Plan) -> None:
+    for found in each(fleet.assignments(settings)):
+        of = f" of {found.service}" if found.service else ""
+        if found.settings.worker_tokens:
+            ready(
+                name=f"Each worker{of} is ready",
+                address=_reachable(settings),
+                ports=found.settings.ports,
+            )
+        else:
+            predict(
+                name=f"One real prediction per worker{of}",
+                urls=[f"ws://{_reachable(settings)}:{port}" for port in found.settings.ports],
+                bundle=planned.models[found.service].folder,
+                python=planned.python,
+                release=planned.release.folder,
+                user=settings.service_user,
+            )
 
 
 def _reachable(settings: WorkerSettings) -> str:
@@ -46,8 +48,8 @@ def _reachable(settings: WorkerSettings) -> str:
 
 
 @deploy("Verify gateway")
-def verify_gateway(settings: GatewaySettings) -> None:
-    handshake(name="WebSocket handshake through the public port", probe=settings.probe)
+def verify_gateway(settings: GatewaySettings, fleet: Fleet) -> None:
+    handshake(name="WebSocket handshake through the public port", probe=fleet.probe(settings))
     sandboxed(name="nginx runs in its sandbox", wanted=settings.sandbox)
 
 
@@ -115,23 +117,29 @@ tail -n 20 /var/log/nginx/error.log 2>/dev/null
 
 @operation()
 def handshake(probe: str) -> Commands:
-    """A handshake on the gateway's public port has to be answered by a worker: with 101, or with
-    401 by one that asks for a token; or by nginx as `probe` says (files/handshake.sh).
+    """A handshake at each place of `probe` (files/handshake.sh), one for each service, has to be
+    answered by a worker: with 101, or with 401 by one that asks for a token; or by nginx as it
+    says.
     """
     if not executing():
         return
     text = rendering.shell("handshake.sh") + 'handshake_status "$1"\n'
-    _, output = ask(quoted("bash", "-c", text, "handshake", probe))
-    status = output.stdout_lines[0] if output.stdout_lines else ""
-    place, *refusals = probe.split()
-    port = int(place.removeprefix("tls:"))
-    for code in ("101", "401", *refusals):
-        if f" {code} " in f"{status} ":
-            host.log(f"verified: port {port} answers a WebSocket handshake with {code}")
+    places, *refusals = probe.split()
+    for place in places.split(","):
+        _, output = ask(quoted("bash", "-c", text, "handshake", place))
+        status = output.stdout_lines[0] if output.stdout_lines else ""
+        code = next((c for c in ("101", "401", *refusals) if f" {c} " in f"{status} "), None)
+        if code is None:
+            _, evidence = ask(quoted("bash", "-c", _EVIDENCE))
+            lines = tuple(evidence.stdout_lines)
+            yield fail(*diagnose(Sighting(status=status, place=said(place), evidence=lines)))
             return
-    _, evidence = ask(quoted("bash", "-c", _EVIDENCE))
-    seen = Sighting(status=status, port=port, evidence=tuple(evidence.stdout_lines))
-    yield fail(*diagnose(seen))
+        host.log(f"verified: {said(place)} answers a WebSocket handshake with {code}")
+
+
+def said(place: str) -> str:
+    """A place of a probe, as it is told."""
+    return f"port {place.removeprefix('tls:')}"
 
 
 # In the sandbox the whole host is read-only, but for a few folders.
@@ -171,14 +179,14 @@ class Sighting:
     """What a failed handshake left behind: the status line, and lines of logs."""
 
     status: str
-    port: int
+    place: str  # `port 8009/digits`
     evidence: tuple[str, ...]
 
 
 def diagnose(seen: Sighting) -> list[str]:
     """What was seen and the likely cause, most telling first. Pure."""
     lines = [
-        f"the handshake on port {seen.port} was answered with: {seen.status or 'nothing'}",
+        f"the handshake on {seen.place} was answered with: {seen.status or 'nothing'}",
         *(f"  seen: {line}" for line in _telling(seen.evidence)),
     ]
     return [*lines, *_cause(seen)]
@@ -194,6 +202,12 @@ def _cause(seen: Sighting) -> list[str]:
     text = "\n".join(seen.evidence)
     upstream = re.search(r"upstream: \"http://([^/\"]+)", text)
     where = upstream.group(1) if upstream else "a worker"
+    if "(13: Permission denied)" in text and "connect() to unix:" in text:
+        return [
+            "likely cause: nginx may not open the workers' Unix sockets (unix_sockets): SELinux "
+            "in enforcing mode, or nginx_user is not in the group of /run/gpu-workers",
+            "  way out: unix_sockets = False in group_data/workers.py, and deploy",
+        ]
     if "(13: Permission denied)" in text and "connect()" in text:
         return [
             f"likely cause: SELinux denies nginx the connection to {where}. `user root` does not "

@@ -6,8 +6,9 @@ On the host:
     /opt/gpu-service/releases/DIGEST/   the gpu_service package, named by its content
     /var/lib/gpu-service/models/…       bundles (provision/models.py)
     /etc/gpu-service/worker-PORT.env    settings of one worker
-    /etc/gpu-service/tokens             SHA-256 of the tokens that may connect, if they are needed
+    /etc/gpu-service/tokens[-SERVICE]   SHA-256 of the tokens that may connect, if they are needed
     /etc/systemd/system/gpu-worker@.service, gpu-worker@.socket
+    /run/gpu-workers/PORT.sock          for the nginx of the same host (/etc/tmpfiles.d)
     /run/gpu-service-PORT/control.sock  what `python -m gpu_service models` speaks to
 
 Environments, releases and bundles never change once complete. A worker's settings file names
@@ -19,9 +20,10 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import posixpath
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -35,7 +37,14 @@ from provision.facts import Hardware, quoted, script
 from provision.models import Model
 from provision.operations import Commands, ManagedFile, Rollout, WorkerUnit
 from provision.rendering import CHECKOUT
-from provision.settings import Fleet, PythonSettings, WorkerSettings
+from provision.settings import (
+    SOCKETS,
+    Assignment,
+    Fleet,
+    PythonSettings,
+    WorkerSettings,
+    unix_socket,
+)
 
 OPT = "/opt/gpu-service"
 ETC = "/etc/gpu-service"
@@ -43,6 +52,15 @@ STATE = "/var/lib/gpu-service"
 UNIT_FILE = "/etc/systemd/system/gpu-worker@.service"
 SOCKET_FILE = "/etc/systemd/system/gpu-worker@.socket"
 TOKENS = f"{ETC}/tokens"
+TMPFILES = "/etc/tmpfiles.d/gpu-workers.conf"
+
+# The service makes sockets there; nginx's group, which they get, may enter; nobody else may.
+SOCKETS_MODE = "2750"
+
+
+def tokens_path(service: str) -> str:
+    """Where the tokens of a service lie on its hosts."""
+    return f"{TOKENS}-{service}" if service else TOKENS
 
 
 def unit(port: int) -> str:
@@ -88,7 +106,12 @@ class Plan:
     hardware: Hardware
     environment: Environment
     release: Release
-    model: Model
+    models: Mapping[str, Model]  # of each service that the host runs
+
+    @property
+    def bundles(self) -> list[Model]:
+        """The models, each once."""
+        return list(dict.fromkeys(self.models.values()))
 
     @property
     def python(self) -> str:
@@ -99,14 +122,17 @@ class Plan:
 _ROLLOUT = Rollout()
 
 
-def plan(settings: WorkerSettings) -> Plan:
+def plan(settings: WorkerSettings, fleet: Fleet) -> Plan:
     """What the current host's workers are made of. Raises `DeployError`; touches nothing."""
     hardware = host.get_fact(facts.HostHardware)
     return Plan(
         hardware=hardware,
         environment=choose_environment(settings, hardware),
         release=build_release(),
-        model=models.load(preflight.bundle_folder(settings.model)),
+        models={
+            found.service: models.load(preflight.bundle_folder(found.settings.model))
+            for found in fleet.assignments(settings)
+        },
     )
 
 
@@ -114,14 +140,19 @@ def plan(settings: WorkerSettings) -> Plan:
 def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
     """Bring one worker host to its declared state, and its workers to ready."""
     install(settings, planned.environment, planned.release)
-    models.upload(
-        name=f"Model {planned.model.name} {planned.model.version} is on the host",
-        model=planned.model,
-    )
+    for model in operations.each(planned.bundles):
+        models.upload(name=f"Model {model.name} {model.version} is on the host", model=model)
+    if local := fleet.local_gateway(settings):
+        sockets_folder(
+            name="Folder of the sockets for nginx",
+            user=settings.service_user,
+            group=local.nginx_user,
+        )
     templates = unit_files(settings, fleet, planned)
     operations.place_files(name="Units of the workers", files=templates)
-    if settings.worker_tokens:
-        operations.place_files(name="Tokens that may connect", files=[tokens_file(settings)])
+    tokens = [tokens_file(a) for a in fleet.assignments(settings) if a.settings.worker_tokens]
+    if tokens:
+        operations.place_files(name="Tokens that may connect", files=tokens)
     operations.firewalld(
         name="Worker ports are open to the gateways only",
         role="worker",
@@ -135,19 +166,21 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
         rollout=_ROLLOUT,
         _serial=True,
     )
-    operations.link(
-        name=f"Model {planned.model.name} {planned.model.version} is current",
-        path=planned.model.link,
-        target=planned.model.version,
-    )
+    # Of two versions of a model, each a service's, the first service's is the current one.
+    for model in operations.each(list({m.name: m for m in reversed(planned.bundles)}.values())):
+        operations.link(
+            name=f"Model {model.name} {model.version} is current",
+            path=model.link,
+            target=model.version,
+        )
 
 
 @deploy("Worker rollback")
-def previous(settings: WorkerSettings) -> None:
+def previous(settings: WorkerSettings, fleet: Fleet) -> None:
     """Back to what the workers of this host ran before their last change."""
     operations.previous_workers(
         name="Workers run what they ran before, one after the other",
-        units={unit(port): settings_path(port) for port in settings.worker_ports},
+        units={unit(port): settings_path(port) for port in fleet.ports(settings)},
         rollout=_ROLLOUT,
         _serial=True,
     )
@@ -157,18 +190,24 @@ def previous(settings: WorkerSettings) -> None:
 def retire(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
     """After the gateways have moved on: what is no longer declared stops and goes."""
     operations.retire_workers(
-        name="No other workers", keep=settings.worker_ports, settings_file=settings_path
+        name="No other workers", keep=fleet.ports(settings), settings_file=settings_path
     )
     operations.firewalld(
         name="No other worker ports are open",
         role="worker",
         ports_from=admitted(settings, fleet),
     )
-    if not settings.worker_tokens:
-        forget_tokens(name="No tokens that nobody reads")
+    forget_unused(
+        name="Nothing is left that nobody reads or opens",
+        sockets_are_used=fleet.local_gateway(settings) is not None,
+    )
     prune(
         name=f"At most {settings.keep_versions} versions are kept",
-        folders=[f"{OPT}/venvs", f"{OPT}/releases", planned.model.parent],
+        folders=[
+            f"{OPT}/venvs",
+            f"{OPT}/releases",
+            *dict.fromkeys(model.parent for model in planned.bundles),
+        ],
         keep=settings.keep_versions,
     )
 
@@ -176,7 +215,28 @@ def retire(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
 def admitted(settings: WorkerSettings, fleet: Fleet) -> dict[int | str, list[str]]:
     """Who may connect to which port of a worker host."""
     addresses = [*fleet.gateway_addresses(), *settings.metrics_from]
-    return dict.fromkeys(settings.worker_ports, addresses)
+    return dict.fromkeys(fleet.ports(settings), addresses)
+
+
+@operation()
+def sockets_folder(user: str, group: str) -> Commands:
+    """The folder of Unix sockets, now and after each boot.
+
+    + user: makes the sockets
+    + group: may open them; they get it from the folder
+    """
+    line = f"d {SOCKETS} {SOCKETS_MODE} {user} {group}\n"
+    conf = ManagedFile(path=TMPFILES, content=line.encode())
+    found = host.get_fact(facts.FolderStates, paths=(SOCKETS,))
+    yield from operations.place_files._inner(files=[conf])
+    if found.get(SOCKETS) != (SOCKETS_MODE, user, group):
+        # Sockets that are there already have the group that the folder had.
+        yield script(
+            'systemd-tmpfiles --create "$1" && find "$2" -type s -exec chgrp "$3" {} +',
+            conf.path,
+            SOCKETS,
+            group,
+        )
 
 
 def install(settings: PythonSettings, environment: Environment, release: Release) -> None:
@@ -375,26 +435,31 @@ def unit_files(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> list[Ma
     # The host itself has the address that it listens on; where that is any, loopback is enough.
     listen = [] if settings.listens_everywhere else [settings.worker_listen]
     clients = [*fleet.gateway_addresses(), *listen, *settings.metrics_from]
-    collector = [settings.collector_address] if settings.collector_address else []
+    collectors = [found.settings.collector_address for found in fleet.assignments(settings)]
     service = rendering.render(
         "gpu-worker@.service.j2",
         settings_dir=ETC,
-        worker=settings,
-        allowed_addresses=[*clients, *collector],
+        allowed_addresses=[*clients, *dict.fromkeys(filter(None, collectors))],
         has_gpu=uses_gpu(settings, planned.hardware),
+        **rendering.unit_values(settings, fleet),
     )
-    socket = rendering.render("gpu-worker@.socket.j2", worker=settings, allowed_addresses=clients)
+    socket = rendering.render(
+        "gpu-worker@.socket.j2",
+        allowed_addresses=clients,
+        **rendering.unit_values(settings, fleet),
+    )
     return [
         ManagedFile(path=UNIT_FILE, content=service),
         ManagedFile(path=SOCKET_FILE, content=socket),
     ]
 
 
-def tokens_file(settings: WorkerSettings) -> ManagedFile:
+def tokens_file(assignment: Assignment) -> ManagedFile:
     """The tokens that may connect, for the service alone to read."""
+    settings = assignment.settings
     assert settings.worker_tokens, "asked for only where tokens are needed"
     return ManagedFile(
-        path=TOKENS,
+        path=tokens_path(assignment.service),
         content=(CHECKOUT / settings.worker_tokens).read_bytes(),
         mode="640",
         group=settings.service_user,
@@ -403,38 +468,64 @@ def tokens_file(settings: WorkerSettings) -> ManagedFile:
 
 
 @operation()
-def forget_tokens() -> Commands:
-    """Tokens go when no worker reads them any more, nor would when it went back."""
-    if TOKENS in host.get_fact(facts.WorkerPaths, folder=ETC):
-        return
-    if TOKENS in host.get_fact(facts.Paths, paths=(TOKENS,)):
-        yield quoted("rm", "-f", "--", TOKENS)
+def forget_unused(*, sockets_are_used: bool) -> Commands:
+    """Tokens go when no worker reads them any more, nor would when it went back; the folder of Unix
+    sockets, when this host's nginx has moved on.
+    """
+    folder = posixpath.dirname(TMPFILES)
+    found = host.get_fact(facts.NewestFirst, paths=(ETC, folder))
+    tokens = [n for n in found.get(ETC, []) if n == "tokens" or n.startswith("tokens-")]
+    there = sorted(f"{ETC}/{name}" for name in tokens)
+    read = host.get_fact(facts.WorkerPaths, folder=ETC) if there else frozenset()
+    for path in there:
+        if path not in read:
+            yield quoted("rm", "-f", "--", path)
+    if not sockets_are_used and posixpath.basename(TMPFILES) in found.get(folder, []):
+        yield quoted("rm", "-rf", "--", SOCKETS, TMPFILES)
 
 
 def worker_units(
     settings: WorkerSettings, fleet: Fleet, planned: Plan, templates: Iterable[ManagedFile]
 ) -> list[WorkerUnit]:
-    """The workers of a host, in the order in which they are switched."""
-    files = "".join(template.sha256 for template in templates)
+    """The workers of this host, service by service, in the order in which they are switched."""
+    files = "".join(managed.sha256 for managed in templates)
+    places = [(a, port) for a in fleet.assignments(settings) for port in a.settings.ports]
     return [
-        _worker_unit(index, port, settings, fleet, planned, files)
-        for index, port in enumerate(settings.worker_ports)
+        _worker_unit(
+            assignment,
+            port,
+            fleet,
+            planned,
+            files,
+            device=device(index, settings, planned.hardware),
+            threads=threads(len(places), planned.hardware),
+        )
+        for index, (assignment, port) in enumerate(places)
     ]
 
 
 def _worker_unit(
-    index: int, port: int, settings: WorkerSettings, fleet: Fleet, planned: Plan, unit_files: str
+    assignment: Assignment,
+    port: int,
+    fleet: Fleet,
+    planned: Plan,
+    unit_files: str,
+    *,
+    device: str,
+    threads: int,
 ) -> WorkerUnit:
-    keeps_socket = fleet.keeps_sockets(settings)
+    settings, model = assignment.settings, planned.models[assignment.service]
+    keeps_socket = fleet.keeps_sockets(assignment)
     options = {
-        "bundle": planned.model.folder,
+        "bundle": model.folder,
         "host": settings.worker_listen,
         "port": port,
-        "device": device(index, settings, planned.hardware),
-        "threads": threads(settings, planned.hardware),
+        "device": device,
+        "threads": threads,
         "worker": f"{host.name}:{port}",
+        "unix_socket": unix_socket(port) if fleet.local_gateway(settings) else "",
         "control": f"/run/gpu-service-{port}/control.sock",
-        "tokens_file": TOKENS if settings.worker_tokens else "",
+        "tokens_file": tokens_path(assignment.service) if settings.worker_tokens else "",
         # nginx says in X-Real-IP who its client is.
         "trusted_proxies": ",".join(fleet.gateway_addresses()),
         **settings.service_options,
@@ -447,7 +538,7 @@ def _worker_unit(
     }
     text = "".join(f"{name}={env_quoted(value)}\n" for name, value in values.items())
     # What the worker is made of, besides this file: a change of any part restarts it.
-    parts = [text, unit_files, planned.model.digest]
+    parts = [text, unit_files, model.digest]
     deployment = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     content = f"{text}{_variable('deployment')}={deployment}\n".encode()
     return WorkerUnit(
@@ -481,9 +572,9 @@ def device(index: int, settings: WorkerSettings, hardware: Hardware) -> str:
     return f"cuda:{index % hardware.nvidia_gpus}"
 
 
-def threads(settings: WorkerSettings, hardware: Hardware) -> int:
-    """Intra-op threads of each worker: the cores shared out, at least one."""
-    return max(1, hardware.cpu_cores // len(settings.worker_ports))
+def threads(workers: int, hardware: Hardware) -> int:
+    """Intra-op threads of each of the host's workers: the cores shared out, at least one."""
+    return max(1, hardware.cpu_cores // workers)
 
 
 @operation()

@@ -80,11 +80,12 @@ class Deployment:
     model: Path
     # What each host was like before the first deploy.
     found: dict[str, frozenset[str]] = field(default_factory=dict)
+    inventory: str = "inventory.py"
 
     def command(self, *arguments: str, deploy: str = "deploy.py", **data: object) -> list[str]:
         settings = {"model": str(self.model), **data}
         pairs = [f"--data={key}={_as_argument(value)}" for key, value in settings.items()]
-        return [str(BIN / "pyinfra"), *arguments, "inventory.py", deploy, *pairs]
+        return [str(BIN / "pyinfra"), *arguments, self.inventory, deploy, *pairs]
 
     @property
     def environment(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ from testinfra.host import Host
 
 from provision import gateway as declared
 from provision import nginx_versions, rendering
+from provision.services import Route, Site
 from tests.hosts.conftest import Target
 
 
@@ -21,12 +22,21 @@ def installed(target: Target) -> nginx_versions.Version:
     return version
 
 
-def status_of(target: Target, path: str, upgrade: str = "", *, tls: bool | None = None) -> str:
+def status_of(
+    target: Target,
+    path: str,
+    upgrade: str = "",
+    *,
+    tls: bool | None = None,
+    name: str | None = None,
+) -> str:
     """Status line of the gateway's answer, by TLS where that is how clients come.
+
+    `name`: the host name that is asked for.
 
     bash opens the socket itself: no client is needed there; for TLS it takes curl.
     """
-    settings = target.settings
+    settings, host = target.settings, name or "localhost"
     headers = [f"Connection: {'Upgrade' if upgrade else 'close'}"]
     if upgrade:
         headers += [f"Upgrade: {upgrade}", "Sec-WebSocket-Version: 13"]
@@ -34,11 +44,12 @@ def status_of(target: Target, path: str, upgrade: str = "", *, tls: bool | None 
     if settings.tls_only if tls is None else tls:
         # What curl says of its work comes at once; an answer, when the connection ends.
         script = (
-            'url=$1; shift; curl -skv --http1.1 -m 3 "${@/#/-H}" "$url" 2>&1 >/dev/null | '
+            "url=$1 at=$2; shift 2; "
+            'curl -skv --http1.1 -m 3 --resolve "$at" "${@/#/-H}" "$url" 2>&1 >/dev/null | '
             "sed -n '/^< HTTP/{s/^< //p;q}'"
         )
-        first = f"https://127.0.0.1:{settings.tls_listen_port}{path}"
-        arguments = [first, *headers]
+        place = f"{host}:{settings.tls_listen_port}"
+        arguments = [f"https://{place}{path}", f"{place}:127.0.0.1", *headers]
     else:
         script = (
             'exec 3<>/dev/tcp/127.0.0.1/$1; shift; printf "%s\\r\\n" "$@" "" >&3; '
@@ -47,7 +58,7 @@ def status_of(target: Target, path: str, upgrade: str = "", *, tls: bool | None 
         arguments = [
             str(settings.listen_port),
             f"GET {path} HTTP/1.1",
-            "Host: x",
+            f"Host: {host}",
             *headers,
         ]
     places = " ".join(["%s"] * len(arguments))
@@ -105,8 +116,9 @@ def test_configuration_says_what_was_declared(gateway: Target) -> None:
     assert f"keepalive {gateway.settings.upstream_keepalive};" in dump
     assert f"proxy_read_timeout {gateway.settings.proxy_read_timeout_s}s;" in dump
     assert f"listen {gateway.settings.listen_port} default_server" in dump
-    for server in gateway.fleet.upstream_servers():
-        assert f"server {server} " in dump
+    for route in gateway.fleet.routes(gateway.settings):
+        for upstream in route.upstreams:
+            assert f"server {upstream.address} " in dump
 
 
 def test_public_port_is_listened_on_by_nginx(gateway: Target) -> None:
@@ -154,10 +166,17 @@ def test_firewalld_lets_clients_in_where_it_runs(gateway: Target) -> None:
             )
 
 
-def test_handshake_is_answered_by_a_worker(gateway: Target) -> None:
-    _, *refusals = gateway.settings.probe.split()
-    status = status_of(gateway, "/", "websocket")
-    assert any(f" {code} " in status for code in ("101", "401", *refusals)), status
+def services_of(gateway: Target) -> list[tuple[Site, Route]]:
+    """Each service of a gateway, at each of its servers."""
+    sites = gateway.fleet.sites(gateway.settings)
+    return [(site, route) for site in sites for route in site.routes]
+
+
+def test_handshakes_are_answered_by_a_worker_of_each_service(gateway: Target) -> None:
+    answered = ("101", "401", *gateway.settings.probe_refusals)
+    for site, route in services_of(gateway):
+        status = status_of(gateway, route.path, "websocket", name=site.probed_name)
+        assert any(f" {code} " in status for code in answered), (route.path, status)
 
 
 def test_the_plain_port_serves_nobody_where_tls_is_asked_for(gateway: Target) -> None:
@@ -171,14 +190,16 @@ def test_other_upgrades_are_refused(gateway: Target) -> None:
     assert " 400 " in status_of(gateway, "/", "h2c")
 
 
-def test_plain_requests_reach_a_worker(gateway: Target) -> None:
-    if not asks_who_comes(gateway):
-        assert " 200 " in status_of(gateway, "/v2/health/ready")
+def test_plain_requests_reach_a_worker_of_each_service(gateway: Target) -> None:
+    for site, route in [] if asks_who_comes(gateway) else services_of(gateway):
+        path = f"{route.prefix}/v2/health/ready"
+        assert " 200 " in status_of(gateway, path, name=site.probed_name), path
 
 
 def test_metrics_of_workers_are_not_public(gateway: Target) -> None:
-    if not asks_who_comes(gateway):
-        assert " 404 " in status_of(gateway, "/metrics")
+    for site, route in [] if asks_who_comes(gateway) else services_of(gateway):
+        for path in (f"{route.prefix}/metrics", f"{route.prefix}/metrics/"):
+            assert " 404 " in status_of(gateway, path, name=site.probed_name), path
 
 
 def test_counters_of_nginx_are_on_loopback_alone(gateway: Target) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from provision import facts, gateway, operations, rendering, verify
+from provision import facts, gateway, operations, rendering, services, verify
 from provision.settings import HARDENED, GatewaySettings, HostInput
 from tests.unit.provision import fleets
 from tests.unit.provision.fleets import fleet, worker
@@ -155,8 +155,8 @@ def test_client_certificates_are_asked_for(tmp_path: Path) -> None:
     ],
 )
 def test_origins_are_compared_as_a_whole(origin: str, *, allowed: bool) -> None:
-    found = settings(allowed_origins=["https://app.example.com", "https://*.below.example"])
-    patterns = [pattern.strip('"') for pattern, _ in found.origin_patterns]
+    found = services.origin_patterns(["https://app.example.com", "https://*.below.example"])
+    patterns = [pattern.strip('"') for pattern, _ in found]
     matching = [
         pattern
         for pattern in patterns
@@ -204,13 +204,15 @@ def test_backups_need_somebody_to_back_up_and_a_method_that_knows_them() -> None
 
 
 def test_the_probe_goes_where_clients_are_served() -> None:
-    assert settings().probe == "8009"
-    assert settings(**CERTIFICATE).probe == "8009"
-    assert settings(**HARD).probe == "tls:8443"
-    probe = settings(
-        **HARD, tls_client_ca="/etc/pki/ca.pem", auth_request="http://127.0.0.1/"
-    ).probe
-    assert probe == "tls:8443 400 403"
+    def probe(**data: Any) -> str:
+        found = fleet(fleets.gateway(**data), worker())
+        return found.probe(found.gateways["gw1"])
+
+    assert probe() == "8009"
+    assert probe(**CERTIFICATE) == "8009"
+    assert probe(**HARD) == "tls:8443"
+    asks = {"tls_client_ca": "/etc/pki/ca.pem", "auth_request": "http://127.0.0.1/"}
+    assert probe(**HARD, **asks) == "tls:8443 400 403"
 
 
 @pytest.mark.parametrize("data", [{}, HARD, {**HARD, "tls_client_ca": "/etc/pki/ca.pem"}])
@@ -221,14 +223,14 @@ def test_the_activation_finds_the_probe_in_the_configuration(
     path = tmp_path / "nginx.conf"
     path.write_bytes(rendering.nginx_conf(found.gateways["gw1"], found))
     text = rendering.shell("nginx-activate.sh")
-    function = text[text.index("probe_of() {") : text.index("port_in()")]
+    function = text[text.index("probe_of() {") : text.index("first_of() {")]
     result = subprocess.run(
         ["bash", "-c", f'{function}\nprobe_of "$1"', "probe", path],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert result.stdout.strip() == found.gateways["gw1"].probe
+    assert result.stdout.strip() == found.probe(found.gateways["gw1"])
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ ASKING = (
     'cat "$1" || true',
     "worker-*.env",
     "record/journal",  # and what is noted of it: test_record.py
+    "ls -1t",
 )
 
 

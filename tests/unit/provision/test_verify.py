@@ -16,7 +16,7 @@ DENIED = (
 
 
 def sighting(*evidence: str, status: str = "HTTP/1.1 502 Bad Gateway") -> Sighting:
-    return Sighting(status=status, port=8009, evidence=evidence)
+    return Sighting(status=status, place="port 8009", evidence=evidence)
 
 
 def test_permission_denied_names_selinux_the_denial_and_two_ways_out() -> None:
@@ -39,6 +39,13 @@ def test_permission_denied_names_selinux_the_denial_and_two_ways_out() -> None:
 )
 def test_other_causes(line: str, cause: str) -> None:
     assert cause in "\n".join(diagnose(sighting("nginx: active", line)))
+
+
+def test_a_unix_socket_that_nginx_may_not_open_has_another_way_out() -> None:
+    line = "connect() to unix:/run/gpu-workers/9005.sock failed (13: Permission denied)"
+    text = "\n".join(diagnose(sighting("nginx: active", line)))
+    assert "unix_sockets = False" in text
+    assert "setsebool" not in text
 
 
 def test_a_dead_nginx_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from provision import wheelhouse, workers
 from provision.facts import Hardware
 from provision.models import Model
 from provision.operations import WorkerUnit
-from provision.settings import WorkerSettings
+from provision.settings import Assignment, WorkerSettings
 from provision.wheelhouse import Target, Wheelhouse
 from tests.unit.provision.fleets import fleet, gateway, worker
 from tests.unit.provision.test_operations import run
@@ -56,8 +57,8 @@ def test_one_gpu_each_where_the_host_has_them_else_the_cpu() -> None:
 
 
 def test_the_cores_are_shared_out() -> None:
-    assert workers.threads(settings(), CPU_HOST) == 4
-    assert workers.threads(settings(), Hardware(cpu_cores=1)) == 1
+    assert workers.threads(2, CPU_HOST) == 4
+    assert workers.threads(2, Hardware(cpu_cores=1)) == 1
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def unit_of(data: dict[str, Any], hardware: Hardware = CPU_HOST) -> list[WorkerU
         hardware=hardware,
         environment=workers.choose_environment(host, hardware),
         release=workers.Release(archive=b"", digest="cafe"),
-        model=MODEL,
+        models={"": MODEL},
     )
     templates = workers.unit_files(host, found, planned)
     return workers.worker_units(host, found, planned, templates)
@@ -120,7 +121,7 @@ def units_text(**data: Any) -> tuple[str, str]:
         hardware=CPU_HOST,
         environment=workers.choose_environment(found.workers["gpu1"], CPU_HOST),
         release=workers.Release(archive=b"", digest="cafe"),
-        model=MODEL,
+        models={"": MODEL},
     )
     service, socket = (
         managed.content for managed in workers.unit_files(found.workers["gpu1"], found, planned)
@@ -192,28 +193,65 @@ def test_a_socket_listens_where_the_worker_would(listen: str, stream: str) -> No
     assert f"ListenStream={stream}\n" in units_text(worker_listen=listen)[1]
 
 
+FOLDER = {
+    "sha256sum": ["644 root root", "{}", "/etc/tmpfiles.d/gpu-workers.conf"],
+    "%a %U %G %n": ["2750 gpu-service nginx /run/gpu-workers"],
+}
+
+
+def folder_commands(answers: Any, group: str = "nginx") -> list[str]:
+    return run(workers.sockets_folder, answers, user="gpu-service", group=group)
+
+
+def test_the_folder_of_sockets_lets_nginx_in_alone_and_is_left_where_it_is_right() -> None:
+    line = "d /run/gpu-workers 2750 gpu-service nginx\n"
+    digest = hashlib.sha256(line.encode()).hexdigest()
+    right = {**FOLDER, "sha256sum": [f.format(digest) for f in FOLDER["sha256sum"]]}
+    assert folder_commands(right) == []
+    made = folder_commands({**right, "%a %U %G %n": []})
+    assert len(made) == 1
+    assert "systemd-tmpfiles --create" in made[0]
+    changed = "\n".join(folder_commands(right, group="web"))
+    assert "mv -fT" in changed
+    assert "chgrp" in changed
+
+
 def test_tokens_are_for_the_service_alone_and_restart_nothing(tmp_path: Path) -> None:
     listed = tmp_path / "tokens"
     listed.write_text(f"{'ab' * 32} ann\n")
     data = {"worker_tokens": str(listed)}
     before = unit_of(data)
     assert environment_of(before[0])["GPU_SERVICE_TOKENS_FILE"] == "/etc/gpu-service/tokens"
-    placed = workers.tokens_file(settings(**data))
+    placed = workers.tokens_file(Assignment(service="", settings=settings(**data)))
     assert (placed.mode, placed.user, placed.group) == ("640", "root", "gpu-service")
     assert placed.secret
     assert "abab" not in repr(placed)
     listed.write_text(f"{'cd' * 32} ben\n")
-    assert workers.tokens_file(settings(**data)).sha256 != placed.sha256
+    changed = workers.tokens_file(Assignment(service="", settings=settings(**data)))
+    assert changed.sha256 != placed.sha256
     assert unit_of(data)[0].deployment == before[0].deployment
 
 
 def test_tokens_go_when_no_settings_file_names_them() -> None:
-    there: Any = {"readlink": [workers.TOKENS]}
-    assert run(workers.forget_tokens, there | {"worker-*.env": []}) == [
-        f"rm -f -- {workers.TOKENS}"
+    there: Any = {"ls -1t": ["/etc/gpu-service/", "tokens-words", "worker-9005.env", "tokens"]}
+    assert forgotten(there | {"worker-*.env": []}) == [
+        f"rm -f -- {workers.TOKENS}",
+        f"rm -f -- {workers.TOKENS}-words",
     ]
-    assert run(workers.forget_tokens, there | {"worker-*.env": [workers.TOKENS]}) == []
-    assert run(workers.forget_tokens, {"readlink": [], "worker-*.env": []}) == []
+    assert forgotten(there | {"worker-*.env": [workers.TOKENS]}) == [
+        f"rm -f -- {workers.TOKENS}-words"
+    ]
+    assert forgotten({"ls -1t": [], "worker-*.env": []}) == []
+
+
+def forgotten(answers: Any, *, sockets_are_used: bool = False) -> list[str]:
+    return run(workers.forget_unused, answers, sockets_are_used=sockets_are_used)
+
+
+def test_the_folder_of_sockets_goes_when_nginx_has_moved_on() -> None:
+    there = {"ls -1t": ["/etc/gpu-service/", "/etc/tmpfiles.d/", "gpu-workers.conf"]}
+    assert forgotten(there) == ["rm -rf -- /run/gpu-workers /etc/tmpfiles.d/gpu-workers.conf"]
+    assert forgotten(there, sockets_are_used=True) == []
 
 
 @pytest.fixture
