@@ -52,6 +52,7 @@ JOURNAL = f"{FOLDER}/journal"
 TREES: Mapping[str, str] = {
     "/opt/gpu-service": "environments and packages",
     "/var/cache/gpu-service": "caches of the workers",
+    "/run/gpu-workers": "sockets of the workers",
     f"{STATE}/previous": "the configuration before the last change",
 }
 
