@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "token":
         return _token(options)
-    if options.command in ("bundle", "inspect"):
+    if options.command in ("bundle", "inspect", "compare"):
         return _bundle(options)
     if options.command == "models":
         return _models(options)
@@ -96,9 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", help="print what a bundle is, and check its files")
     inspect.add_argument("bundle", type=Path, metavar="BUNDLE", help=_BUNDLE)
-    inspect.add_argument(
-        "other", type=Path, nargs="?", metavar="OTHER", help="print what differs from it instead"
-    )
+
+    compare = commands.add_parser("compare", help="print what differs between two bundles")
+    compare.add_argument("before", type=Path, metavar="BEFORE", help=_BUNDLE)
+    compare.add_argument("after", type=Path, metavar="AFTER", help=_BUNDLE)
 
     _add_models(commands.add_parser("models", help="load and unload models of a running worker"))
 
@@ -351,9 +352,9 @@ def _bundle(options: argparse.Namespace) -> int:
     from gpu_service import bundle, inspection
 
     try:
+        if options.command == "compare":
+            return inspection.compare(bundle.find(options.before), bundle.find(options.after))
         if options.command == "inspect":
-            if options.other is not None:
-                return inspection.compare(bundle.find(options.bundle), bundle.find(options.other))
             return inspection.main(bundle.find(options.bundle))
         path = _make_bundle(options)
         inspection.main(path)

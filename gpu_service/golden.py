@@ -83,6 +83,34 @@ def compare(
     )
 
 
+def answered_otherwise(
+    before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArray[Any]], output: str
+) -> tuple[int, list[tuple[int, int]]]:
+    """How many samples two bundles have in common, and where they see another class.
+
+    Classes are where `output` is greatest along its last axis; each pair is the one before and the
+    one after. Samples are the same where all of their inputs are, to the last bit.
+    """
+    rows = {_key(before, row): row for row in range(_count(before))}
+    pairs = [(rows[key], row) for row in range(_count(after)) if (key := _key(after, row)) in rows]
+    name = bundle.EXPECTED + output
+    classes = [
+        (int(before[name][a].argmax()), int(after[name][b].argmax()))
+        for a, b in pairs
+        if before[name][a].shape == after[name][b].shape
+    ]
+    return len(classes), [(a, b) for a, b in classes if a != b]
+
+
+def _count(samples: Mapping[str, NDArray[Any]]) -> int:
+    return len(next(iter(samples.values())))
+
+
+def _key(samples: Mapping[str, NDArray[Any]], row: int) -> bytes:
+    inputs = sorted(inputs_of(samples).items())
+    return b"\0".join(name.encode() + array[row].tobytes() for name, array in inputs)
+
+
 def _compare_one(
     name: str,
     output: NDArray[Any] | None,

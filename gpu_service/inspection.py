@@ -1,4 +1,4 @@
-"""`python -m gpu_service inspect`: what a bundle is, for people.
+"""`python -m gpu_service inspect` and `compare`: what bundles are, and differ in, for people.
 
 Owns nothing between calls. Reads the manifest and the weights' header; no torch, so it's quick.
 """
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import safetensors
 from numpy.typing import NDArray
 
-from gpu_service import bundle, history
+from gpu_service import bundle, golden, history
 
 _WIDTH = 14
 _LABELS = 12
@@ -33,9 +33,28 @@ def main(path: Path, *, output: TextIO | None = None) -> int:
 
 def compare(before: Path, after: Path, *, output: TextIO | None = None) -> int:
     """Print what differs between two bundles. Raises bundle.BundleError."""
-    first, *lines = history.differences(bundle.read_manifest(before), bundle.read_manifest(after))
+    manifests = bundle.verify(before), bundle.verify(after)
+    first, *lines = history.differences(*manifests)
+    lines += _answers(*manifests, bundle.load_samples(before), bundle.load_samples(after))
     print("\n".join([first, *(f"  {line}" for line in lines)]), file=output)
     return 0
+
+
+def _answers(
+    old: bundle.Manifest,
+    new: bundle.Manifest,
+    before: Mapping[str, NDArray[Any]],
+    after: Mapping[str, NDArray[Any]],
+) -> Iterator[str]:
+    """Where two classifiers of the same classes see golden samples otherwise."""
+    output = old.outputs[0].name
+    if not old.labels or old.labels != new.labels or output != new.outputs[0].name:
+        return
+    count, changed = golden.answered_otherwise(before, after, output)
+    what = ", ".join(f"{old.labels[a]} → {new.labels[b]}" for a, b in changed[:_LABELS])
+    yield f"golden samples in both: {count}, answered otherwise: {len(changed)}" + (
+        f" ({what})" if what else ""
+    )
 
 
 def summary(path: Path) -> str:

@@ -139,3 +139,63 @@ def test_many_labels_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "labels 20: class0, class1, " in said
     assert "class11, …" in said
     assert "class12" not in said
+
+
+def classifier(directory: Path, version: str, answers: list[int], **changes: Any) -> Path:
+    """One that sees in samples 0, 1, … the classes `answers`."""
+    count = len(answers)
+    arguments: dict[str, Any] = {
+        "version": version,
+        "labels": ("cat", "dog", "cow"),
+        "inputs": (bundle.TensorSpec(name="image", datatype="FP32", shape=()),),
+        "outputs": (bundle.TensorSpec(name="logits", datatype="FP32", shape=(3,)),),
+        "state": (),
+        "feedback": {},
+        "done": None,
+        "samples": {
+            "image": numpy.arange(count, dtype="f4"),
+            "expected.logits": numpy.eye(3, dtype="f4")[answers],
+        },
+    }
+    return write(directory, **(arguments | changes))
+
+
+def compared(before: Path, after: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert command_line.main(["compare", str(before), str(after)]) == 0
+    return capsys.readouterr().out
+
+
+def test_two_bundles_differ_in_how_they_answer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Samples are found again by what they are, not by where they stand."""
+    before = classifier(tmp_path, "v1", [0, 1, 2, 0])
+    after = classifier(
+        tmp_path,
+        "v2",
+        [],
+        samples={
+            "image": numpy.array([3, 2, 9], "f4"),
+            "expected.logits": numpy.eye(3, dtype="f4")[[1, 2, 0]],
+        },
+    )
+    said = compared(before, after, capsys)
+    assert said.startswith("writer v1 → writer v2\n")
+    assert "golden samples in both: 2, answered otherwise: 1 (cat → dog)" in said
+
+
+def test_what_has_other_classes_is_not_compared_by_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = classifier(tmp_path, "v1", [0, 1, 2, 0])
+    after = classifier(tmp_path, "v2", [0, 1, 2, 0], labels=("a", "b", "c"))
+    assert "golden samples" not in compared(before, after, capsys)
+
+
+def test_a_damaged_bundle_is_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, after = classifier(tmp_path, "v1", [0]), classifier(tmp_path, "v2", [0])
+    (after / bundle.SAMPLES).write_bytes(b"")
+    assert command_line.main(["compare", str(before), str(after)]) == 1
+    assert "samples.safetensors: 0 bytes" in capsys.readouterr().err
