@@ -3,10 +3,14 @@
 Without arguments, the whole measurement; `--rank` is one rank of it. The bare loop is the one that
 a tutorial shows: nothing but DDP, a sampler and an optimizer. Both take turns, an epoch each, in
 the same processes, so that whatever else the machine does falls on both alike.
+
+On a machine with a GPU, it is a vision transformer on that GPU instead, and how much of what the
+GPU can do the program makes use of: the model's FLOPs utilisation.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -23,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, TensorDataset
 
 from bench.results import Row, write
+from bench.training import utilisation
 from bench.training.launching import launch
 from bench.training.ranks import Quiet
 from gpu_service import bundle
@@ -39,12 +44,44 @@ BATCHES = (64, 256)
 STEPS = 12  # of an epoch
 EPOCHS = 8  # of each loop
 ROUNDS = 2  # of one rank and two
+CNN = bundle.Architecture(name="digits_cnn", arguments={"width": 16})
 
 
 def main() -> int:
-    """0 when both bars hold."""
+    """0 when the bars hold."""
     if "--rank" in sys.argv:
         rank(Path(sys.argv[-1]))
+    rows = on_gpu() if torch.cuda.is_available() else on_cpu()
+    return 0 if write("training", COMMAND, rows) else 1
+
+
+def on_gpu() -> list[Row]:
+    """One rank on one GPU: what it costs beside a bare loop, and the FLOPs utilisation."""
+    with tempfile.TemporaryDirectory() as name:
+        launch(1, "bench.training.speed", "--rank", name)
+        found = json.loads(Path(name, f"{utilisation.BATCH}.json").read_text())
+    overhead = 100 * (found["ours_s"] / found["bare_s"] - 1)
+    what = f"ViT {utilisation.SIZE}, bf16, batch {utilisation.BATCH}"
+    per_s = utilisation.BATCH * utilisation.flops_of_a_sample() / found["ours_s"]
+    rows = [
+        Row(
+            name=f"training: time over a bare loop, GPU, {what}",
+            value=overhead,
+            unit="%",
+            at_most=3.0,
+        ),
+        Row(
+            name=f"training: speed on {found['device']}, {what}", value=per_s / 1e12, unit="TFLOP/s"
+        ),
+    ]
+    if peak := utilisation.peak(found["device"]):
+        name = f"training: FLOPs utilisation of {found['device']}, {what}"
+        rows.append(Row(name=name, value=100 * per_s / peak, unit="%"))
+    return rows
+
+
+def on_cpu() -> list[Row]:
+    """One rank and two, of one thread each."""
     rows = []
     measured: dict[tuple[int, int], list[dict[str, float]]] = {}
     for _ in range(ROUNDS):
@@ -74,7 +111,7 @@ def main() -> int:
         Row(name="training: step of 1 rank, CNN, batch 256", value=1000 * alone, unit="ms"),
         Row(name="training: step of 2 ranks, CNN, batch 256", value=1000 * two, unit="ms"),
     ]
-    return 0 if write("training", COMMAND, rows) else 1
+    return rows
 
 
 def rank(folder: Path) -> None:
@@ -82,18 +119,27 @@ def rank(folder: Path) -> None:
     place = distributed.placement(os.environ)
     torch.set_num_threads(1)
     with distributed.process_group(place, timeout_s=120) as device:
+        if device.type == "cuda":
+            batch, task = utilisation.BATCH, digits_like(STEPS * utilisation.BATCH, utilisation.VIT)
+            found = compare(place, device, task, Settings(batch_size=batch, precision="bf16"))
+            name = torch.cuda.get_device_name(device)
+            (folder / f"{batch}.json").write_text(json.dumps({**found, "device": name}))
+            os._exit(0)
         for batch in BATCHES:
-            found = compare(place, device, batch)
+            found = compare(
+                place, device, digits_like(STEPS * batch, CNN), Settings(batch_size=batch)
+            )
             if place.rank == 0:
                 (folder / f"{batch}.json").write_text(json.dumps(found))
     os._exit(0)
 
 
-def compare(place: Placement, device: torch.device, batch: int) -> dict[str, float]:
+def compare(
+    place: Placement, device: torch.device, task: Task, chosen: Settings
+) -> dict[str, float]:
     """The median step of each loop, in seconds: `ours_s`, `ours_cpu_s`, `bare_s`, `bare_cpu_s`."""
-    task = digits_like(STEPS * batch)
-    bare = Bare(task, batch=batch // place.world_size, device=device)
-    settings = Settings(epochs=EPOCHS, batch_size=batch)
+    settings = dataclasses.replace(chosen, epochs=EPOCHS)
+    bare = Bare(task, settings, place=place, device=device)
     turns = Turns(settings, place, bare)
     Run(
         task=task,
@@ -114,12 +160,15 @@ def compare(place: Placement, device: torch.device, batch: int) -> dict[str, flo
 class Steps:
     """What each step took, by the wall and in CPU time of this process, in seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._last = (0.0, 0.0)
         self.taken: list[tuple[float, float]] = []
 
     def note(self, step: int) -> None:
         """At the end of a step; the first of an epoch only sets the clock."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # until then it has only been asked for
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         if step:
             self.taken.append((wall_s - self._last[0], cpu_s - self._last[1]))
@@ -131,7 +180,7 @@ class Turns(Quiet):
 
     def __init__(self, settings: Settings, place: Placement, bare: Bare) -> None:
         super().__init__(settings, place)
-        self._bare, self.steps = bare, Steps()
+        self._bare, self.steps = bare, Steps(bare.device)
 
     def step(self, *, step: int, **_: Any) -> None:
         self.steps.note(step)
@@ -143,12 +192,20 @@ class Turns(Quiet):
 class Bare:
     """Distributed training as a tutorial shows it."""
 
-    def __init__(self, task: Task, *, batch: int, device: torch.device) -> None:
+    def __init__(
+        self, task: Task, settings: Settings, *, place: Placement, device: torch.device
+    ) -> None:
         torch.manual_seed(0)
-        self.steps = Steps()
-        self._sampler: DistributedSampler[Any] = DistributedSampler(task.train, drop_last=True)
-        batches = BatchSampler(self._sampler, batch, drop_last=True)
-        self._loader = DataLoader(task.train, sampler=batches, batch_size=None)
+        self.device, self.steps = device, Steps(device)
+        self._autocast = partial(
+            torch.autocast, device.type, torch.bfloat16, enabled=settings.precision == "bf16"
+        )
+        samples = TensorDataset(*(tensor.to(device) for tensor in task.train.tensors))
+        self._sampler: DistributedSampler[Any] = DistributedSampler(samples, drop_last=True)
+        batches = BatchSampler(
+            self._sampler, settings.batch_size // place.world_size, drop_last=True
+        )
+        self._loader = DataLoader(samples, sampler=batches, batch_size=None)
         self._model = DistributedDataParallel(
             task.build().to(device), gradient_as_bucket_view=True, static_graph=True
         )
@@ -157,21 +214,22 @@ class Bare:
     def epoch(self, epoch: int) -> None:
         self._sampler.set_epoch(epoch)
         for number, (image, label) in enumerate(self._loader):
-            loss = cross_entropy(self._model(image), label)
+            with self._autocast():
+                loss = cross_entropy(self._model(image), label)
             loss.backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
             self.steps.note(number)
 
 
-def digits_like(count: int) -> Task:
-    """Random images for the digits' network, whose speed does not depend on what they show."""
+def digits_like(count: int, architecture: bundle.Architecture) -> Task:
+    """Random images for a network of digits, whose speed does not depend on what they show."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand((count, 1, 28, 28), generator=generator)
     label = torch.randint(0, 10, (count,), generator=generator)
     return Task(
         name="speed",
-        architecture=bundle.Architecture(name="digits_cnn", arguments={"width": 16}),
+        architecture=architecture,
         inputs=(bundle.TensorSpec(name="image", datatype="FP32", shape=(1, 28, 28)),),
         outputs=(bundle.TensorSpec(name="logits", datatype="FP32", shape=(10,)),),
         labels=tuple("0123456789"),

@@ -17,6 +17,7 @@ import torch
 
 from gpu_service import bundle
 from gpu_service.models.digits import DigitsCNN
+from gpu_service.models.vit import VisionTransformer
 from gpu_service.models.watch import WatchGRU
 
 ENTRY_POINTS = "gpu_service.models"
@@ -24,6 +25,7 @@ ENTRY_POINTS = "gpu_service.models"
 # No entry point takes the place of one of these: bundles of training name them.
 REGISTRY: Mapping[str, Callable[..., torch.nn.Module]] = {
     "digits_cnn": DigitsCNN,
+    "vit": VisionTransformer,
     "watch_gru": WatchGRU,
 }
 
