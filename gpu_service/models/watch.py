@@ -1,11 +1,12 @@
-"""A network that hears the movements of a wrist as they come, and says which exercise it is."""
+"""A network that feels the movements of a wrist as they come, and says which exercise they are."""
 
 import torch
 from torch import nn
 
 CHUNK = 25  # samples of a step: half a second
 _AVERAGED = 5  # neighbouring samples, of which the network sees the mean: 10 a second are enough
-_WINDOW = 15  # such means that one feature looks at: one and a half seconds
+_WINDOW = 30  # such means that a feature may look at: three seconds
+_SHORT = 5  # those that the first layer looks at: half a second
 
 
 class WatchGRU(nn.Module):
@@ -13,8 +14,8 @@ class WatchGRU(nn.Module):
 
     `movement` [n, 25, 6]: acceleration in g along x, y, z, then rotation around them in rad/s, as a
     watch measures them 50 times a second. `left` [n] bool: it is worn on the left wrist. Then the
-    state: `recent` [n, 10, 6], the end of what came before, and `hidden` [n, hidden], what it
-    remembers of all of it. Returns logits [n, classes] and the new state.
+    state: `recent` [n, 25, 6], the last seconds before, and `hidden` [n, hidden], what is remembered
+    of all that came. Returns logits [n, classes] and the new state.
     """
 
     def __init__(
@@ -28,11 +29,18 @@ class WatchGRU(nn.Module):
         # x points along the arm, towards the hand on one wrist, and away from it on the other.
         # Seen in a mirror, an acceleration changes its sign along x, and a rotation around y and z.
         self.register_buffer("mirror", torch.tensor([-1.0, 1.0, 1.0, 1.0, -1.0, -1.0]))
-        self.features = nn.Linear(_WINDOW * 6, width)
-        self.inner = nn.Linear(width, hidden)
+        self.features = nn.Sequential(
+            nn.Conv1d(6, width, _SHORT),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(width * (_WINDOW - _SHORT + 1), width),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, hidden),
+            nn.ReLU(),
+        )
         self.cell = nn.GRUCell(hidden, hidden)
-        self.classes = nn.Linear(hidden, classes)
-        self.dropout = nn.Dropout(dropout)
+        self.classes = nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden, classes))
 
     def forward(
         self,
@@ -45,7 +53,5 @@ class WatchGRU(nn.Module):
         as_right = torch.where(left.view(-1, 1, 1), movement * self.mirror, movement) * self.scale
         means = as_right.view(-1, CHUNK // _AVERAGED, _AVERAGED, 6).mean(dim=2)
         window = torch.cat([recent, means], dim=1)
-        features = torch.relu(self.features(window.flatten(1)))
-        features = torch.relu(self.inner(self.dropout(features)))
-        hidden = self.cell(features, hidden)
-        return self.classes(self.dropout(hidden)), window[:, -recent.shape[1] :], hidden
+        hidden = self.cell(self.features(window.transpose(1, 2)), hidden)
+        return self.classes(hidden), window[:, CHUNK // _AVERAGED :], hidden

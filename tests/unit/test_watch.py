@@ -67,6 +67,15 @@ def test_nobody_is_in_both_parts(recordings: watch.Recordings, task: Task) -> No
     assert (len(task.train), len(task.test)) == (112, 28)
 
 
+def test_other_people_can_be_held_out() -> None:
+    """As cross-validation does, in which everybody is once."""
+    task = watch.task((3, 8))
+    assert "by person: 3 and 8 of 1 to 10" in task.source.split
+    first, other = (each.test.tensors[0][:, 0] for each in (task, watch.task()))
+    assert first.shape == other.shape
+    assert not any(torch.equal(a, b) for a in first for b in other)
+
+
 def test_streams_take_turns_and_end_without_a_label(task: Task) -> None:
     movement, left, label = task.test.tensors
     assert label[:, 0].tolist() == list(range(7)) * 4
