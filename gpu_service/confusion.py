@@ -18,6 +18,7 @@ _LETTER, _LETTERS = 7, 18  # the width of one, about; how many of a name are sho
 # Told apart by people who do not see all colours, too.
 _HIT, _MISS = "#0072b2", "#d55e00"
 _TEXT, _FRAME = "#333333", "#dddddd"
+_DARK = 0.5  # share of a row from which a field is so dark that its count is white
 
 
 def svg(training: Training, *, title: str) -> str:
@@ -25,7 +26,7 @@ def svg(training: Training, *, title: str) -> str:
     names = list(training.classes)
     if not names or len(training.confusion) != len(names):
         return ""
-    left = _MARGIN + _LETTER * min(_LETTERS, max(map(len, names))) + 10
+    left = _MARGIN + _LETTER * max(len("true ↓"), min(_LETTERS, max(map(len, names)))) + 10
     field = min(_FIELD, _SIDE / len(names))
     side = field * len(names)
     width, height = left + side + _BESIDE, _TOP + side + _BELOW
@@ -63,7 +64,8 @@ def _fields(confusion: Sequence[Sequence[int]], *, left: float, field: float) ->
                 f'fill-opacity="{0.1 + 0.8 * share:.2f}"/>'
             )
             if len(confusion) <= _MOST_NUMBERS:
-                yield label(x + field / 2, y + field / 2 + 4, f"{count}", anchor="middle")
+                text = label(x + field / 2, y + field / 2 + 4, f"{count}", anchor="middle")
+                yield f'<g fill="#ffffff">{text}</g>' if share > _DARK else text
 
 
 def _names(training: Training, names: Sequence[str], *, left: float, field: float) -> Iterator[str]:
