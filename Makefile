@@ -21,14 +21,14 @@ help: ## this list
 setup: $(READY) ## the virtual environment, from requirements/dev.txt
 
 # Written last, so that a cut installation is made anew.
-$(READY): requirements/dev.txt requirements/data.txt
+$(READY): requirements/dev.txt requirements/data.txt requirements/tls.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed; this is $$($(PYTHON) --version). Try: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || $(MAKE) --no-print-directory ensurepip
 	@echo "==> setting up $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/dev.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/data.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements/data.txt --requirement requirements/tls.txt
 	@touch $@
 
 # Debian's Python comes without it.

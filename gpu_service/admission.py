@@ -41,6 +41,7 @@ _IN_ADDRESS = frozenset(
     {"access_token", "api_key", "apikey", "auth", "authorization", "bearer", "token"}
 )
 
+_LONGEST_NAME = 256  # of a certificate; each session keeps it
 _LONGEST_TRACE_PARENT = 128  # versions of it to come may be longer than today's 55
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _TOKEN_LINE = re.compile(r"([0-9a-fA-F]{64})(?:\s+([\x21-\x7e]{1,128}))?")
@@ -64,7 +65,7 @@ class Visitor(msgspec.Struct, kw_only=True):
     """Who asks to connect.
 
     `request_id` names its session in logs, `client` is the key under which it is counted: its
-    address's, until its token has a `name`.
+    address's, until its certificate or its token has a `name`.
     """
 
     request_id: str
@@ -266,10 +267,14 @@ class Admission:
         `peer` is the address at the other end of the TCP connection, "" for a Unix socket.
         """
         address = self._address(headers, peer)
+        certificate = self._certificate(headers, peer)
         return Visitor(
             request_id=_request_id(headers),
             address=str(address or peer),
-            client=f"address {_counted_as(address)}",
+            name=certificate,
+            client=f"certificate {certificate}"
+            if certificate
+            else f"address {_counted_as(address)}",
             is_browser="Origin" in headers and "X-Real-IP" not in headers,
             trace_parent=_trace_parent(headers),
         )
@@ -302,8 +307,7 @@ class Admission:
         real = headers.get_all("X-Real-IP")
         if len(real) != 1 or (told := _parsed(real[0])) is None:
             return address
-        # Who reaches a Unix socket is on this machine, as on loopback.
-        if address is None or address.is_loopback or self._trusts(address):
+        if self._is_proxy(address):
             return told
         if not self._warned:
             self._warned = True
@@ -311,7 +315,17 @@ class Admission:
             logs.warning("proxy_not_trusted", address=str(address), action=action)
         return address
 
-    def _trusts(self, address: _Address) -> bool:
+    def _certificate(self, headers: Headers, peer: str) -> str:
+        """Whose certificate a gateway has checked; empty if nobody's, or nobody trusted says so."""
+        told = headers.get_all("X-Client-Name")
+        if len(told) != 1 or len(told[0]) > _LONGEST_NAME or not self._is_proxy(_parsed(peer)):
+            return ""
+        return told[0]
+
+    def _is_proxy(self, address: _Address | None) -> bool:
+        # Who reaches a Unix socket is on this machine, as on loopback.
+        if address is None or address.is_loopback:
+            return True
         return any(address in network for network in self._trusted)
 
 

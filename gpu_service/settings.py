@@ -224,8 +224,8 @@ class Settings:
     )
     trusted_proxies: str = _setting(
         "",
-        "addresses or networks whose `X-Real-IP` is believed, comma-separated; that of loopback "
-        "always is",
+        "addresses or networks whose `X-Real-IP` and `X-Client-Name` (the subject of a client's "
+        "certificate) are believed, comma-separated; those of loopback always are",
         check=_check_network,
     )
     otlp_endpoint: str = _setting(

@@ -36,6 +36,8 @@ _INCLUDE: Final = (
     *("rpm", "dnf", "createrepo-c"),
     # What the service's virtual environment is made of, and what nginx is linked to.
     *("python3", "python3-venv", "libpcre2-8-0", "libssl3", "zlib1g", "libcrypt1"),
+    # An ACME client, and an authority for tests that it can ask.
+    *("certbot", "pebble"),
 )
 
 # Their packages are unpacked and repackaged as RPMs, never installed.
@@ -75,7 +77,11 @@ PRESENT: Final[Mapping[str, str]] = {
 
 # What the lab's repository offers beside nginx. Debian's Python is in the image already; on EL 9
 # the interpreter of this name comes with this package.
-OFFERED: Final[Mapping[str, str]] = {"python3.11": "python3.11", "python3.11-pip": "python3.11"}
+OFFERED: Final[Mapping[str, str]] = {
+    "python3.11": "python3.11",
+    "python3.11-pip": "python3.11",
+    "certbot": "certbot",  # on EL it comes from EPEL
+}
 
 _PROVIDES: Final[Mapping[str, str]] = {
     "bash": "/bin/sh, /bin/bash, /usr/bin/sh, /usr/bin/bash",

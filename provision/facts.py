@@ -645,6 +645,9 @@ class CertificateState(_Answer):
     issuer: str = ""
     lasts: bool = False  # longer than was asked
     names: frozenset[str] = frozenset()  # DNS:… and IP:…
+    ends: str = ""  # as openssl prints it: Feb 26 14:03:21 2027 GMT
+    ocsp: bool = False  # it names a responder
+    chain: int = 0  # certificates in its file
 
 
 class Certificate(FactBase[CertificateState]):
@@ -659,7 +662,9 @@ class Certificate(FactBase[CertificateState]):
             '[ -n "$of" ] && [ "$of" = "$(openssl pkey -in "$2" -pubout 2>/dev/null)" ] && '
             "echo matches; "
             'openssl x509 -in "$1" -noout -checkend "$3" >/dev/null 2>&1 && echo lasts; '
-            'openssl x509 -in "$1" -noout -issuer -ext subjectAltName 2>/dev/null; true',
+            'openssl x509 -in "$1" -noout -ocsp_uri 2>/dev/null | grep -q . && echo ocsp; '
+            'echo "chain=$(grep -c "BEGIN CERTIFICATE" "$1" 2>/dev/null)"; '
+            'openssl x509 -in "$1" -noout -enddate -issuer -ext subjectAltName 2>/dev/null; true',
             certificate,
             key,
             str(seconds),
@@ -672,7 +677,7 @@ class Certificate(FactBase[CertificateState]):
 
     @override
     def process(self, output: list[str]) -> CertificateState:
-        issuer = [line.removeprefix("issuer=") for line in output if line.startswith("issuer=")]
+        told = dict(line.split("=", 1) for line in output if "=" in line)
         names = {
             name.strip().replace("IP Address:", "IP:")
             for line in output
@@ -683,7 +688,10 @@ class Certificate(FactBase[CertificateState]):
             exists="exists" in output,
             openssl="missing" not in output,
             matches="matches" in output,
-            issuer="".join(issuer),
+            issuer=told.get("issuer", ""),
             lasts="lasts" in output,
             names=frozenset(names),
+            ends=told.get("notAfter", ""),
+            ocsp="ocsp" in output,
+            chain=int(told.get("chain") or 0),
         )

@@ -19,6 +19,8 @@ Metric = Annotated[float, Field(allow_inf_nan=False)]
 # Names that end up in a configuration file, a path or a command line: no blanks, no quotes,
 # no semicolons, whatever quoting the place uses.
 Token = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+# A full name, as certificates are for. None of its labels begins or ends with a hyphen.
+HOST_NAME = r"^([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z][a-z0-9-]*$"
 AbsolutePath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9_./-]+$")]
 Origin = Annotated[str, Field(pattern=r"^https?://(\*\.)?[a-z0-9][a-z0-9.-]*(:[0-9]{1,5})?$")]
 

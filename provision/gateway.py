@@ -11,7 +11,16 @@ from functools import partial
 from pyinfra import host
 from pyinfra.api import deploy
 
-from provision import facts, metrics, nginx_packages, operations, rendering, sizing
+from provision import (
+    acme,
+    certificates,
+    facts,
+    metrics,
+    nginx_packages,
+    operations,
+    rendering,
+    sizing,
+)
 from provision.nginx_versions import Version
 from provision.operations import ManagedFile
 from provision.preflight import RefusedError
@@ -29,6 +38,7 @@ ERROR_PAGES = "/usr/share/nginx/gateway"
 def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     """Bring one gateway host to its declared state. Raises `RefusedError`, touching nothing."""
     cores = sized(settings, fleet)
+    settings = certificates.settled(settings)
     install(settings)
     # Before the mode: in enforcing mode, not a moment without it.
     if settings.selinux_allow_connect:
@@ -49,12 +59,26 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
             key=SELF_SIGNED_KEY,
             names=certificate_names(settings, fleet.addresses[host.name]),
         )
+    if settings.tls_acme:
+        acme.certbot(name="certbot is installed", package=settings.acme_package)
+        acme.prepare(
+            name="Challenges can be answered",
+            names=certificate_names(settings, fleet.addresses[host.name]),
+        )
     operations.run_nginx(
         name="nginx runs this configuration",
         files=supporting_files(settings, fleet, cores),
         main=partial(nginx_conf, settings, fleet, cores),
         probe=fleet.probe(settings),
     )
+    if settings.tls_acme:
+        acme.certificate(name="Certificate of the ACME authority", settings=settings)
+    if settings.certificate and settings.certificate_key:
+        certificates.tell_end(
+            name="End of the certificate",
+            certificate=settings.certificate,
+            key=settings.certificate_key,
+        )
     metrics.exporter(settings)
 
 
@@ -98,7 +122,7 @@ def sized(settings: GatewaySettings, fleet: Fleet) -> int:
 
 def certificate_names(settings: GatewaySettings, address: str) -> list[str]:
     """What a self-signed certificate is for: the server's names, its address, this host itself."""
-    names = [f"DNS:{name}" for name in settings.server_names]
+    names = [f"DNS:{name}" for name in settings.all_names]
     addresses = [f"IP:{ipaddress.ip_address(found)}" for found in (address, "127.0.0.1")]
     return list(dict.fromkeys([*names, "DNS:localhost", *addresses]))
 
@@ -122,8 +146,11 @@ def supporting_files(settings: GatewaySettings, fleet: Fleet, cores: int = 1) ->
             path="/etc/systemd/system/nginx.service.d/gateway.conf",
             content=rendering.nginx_unit(settings, fleet, cores),
         ),
+        *acme.files(settings),
     ]
 
 
 def public_ports(settings: GatewaySettings) -> list[int]:
-    return [settings.listen_port, *([settings.tls_listen_port] if settings.tls else [])]
+    by_tls = [settings.tls_listen_port] if settings.tls else []
+    challenges = [settings.acme_http_port] if settings.tls_acme else []
+    return list(dict.fromkeys([settings.listen_port, *by_tls, *challenges]))

@@ -467,6 +467,11 @@ def self_signed_certificate(certificate: str, key: str, names: Iterable[str]) ->
     if found.exists and executing():
         why = next(reason for reason, true in reasons.items() if true)
         host.log(f"{certificate} is made anew: {why}")
+    yield from make_self_signed(certificate, key, wanted)
+
+
+def make_self_signed(certificate: str, key: str, names: list[str]) -> Commands:
+    """Make a certificate and its key; nginx takes it over with the next `run_nginx`."""
     yield record.file(certificate)
     yield record.file(key)
     yield script(
@@ -475,8 +480,8 @@ def self_signed_certificate(certificate: str, key: str, names: Iterable[str]) ->
         key,
         str(SELF_SIGNED_DAYS),
         SELF_SIGNED_BY,
-        wanted[0].partition(":")[2][:64],
-        ",".join(wanted),
+        names[0].partition(":")[2][:64],
+        ",".join(names),
         APPLIED,
     )
 

@@ -39,6 +39,7 @@ from typing_extensions import override
 
 from provision import rendering
 from provision.facts import script
+from provision.settings import ACME_WEBROOT
 
 if TYPE_CHECKING:
     from provision.operations import Commands
@@ -54,10 +55,14 @@ TREES: Mapping[str, str] = {
     "/var/cache/gpu-service": "caches of the workers",
     "/run/gpu-workers": "sockets of the workers",
     f"{STATE}/previous": "the configuration before the last change",
+    ACME_WEBROOT: "answers to an ACME authority",
 }
 
 # The same, for folders that the operator may want to keep.
-KEPT_TREES: Mapping[str, str] = {"/var/lib/gpu-service": "models and training runs"}
+KEPT_TREES: Mapping[str, str] = {
+    "/var/lib/gpu-service": "models and training runs",
+    f"{STATE}/acme": "the account at an ACME authority, and its certificates",
+}
 
 
 def is_generated(path: str) -> bool:

@@ -15,7 +15,13 @@ import jinja2
 
 from provision import lint, nginx_versions, sizing
 from provision.nginx_versions import Version
-from provision.settings import SOCKETS, Fleet, GatewaySettings, WorkerSettings
+from provision.settings import (
+    ACME_WEBROOT,
+    SOCKETS,
+    Fleet,
+    GatewaySettings,
+    WorkerSettings,
+)
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 TEMPLATES = CHECKOUT / "templates"
@@ -30,6 +36,8 @@ STATIC_FILES = (
     "nginx_exporter.py",
     "record.sh",
     "worker-switch.sh",
+    "take-certificate.sh",
+    "gateway-certificate.timer",
 )
 
 
@@ -148,6 +156,7 @@ def nginx_conf(
         "nginx.conf.j2",
         gateway=gateway,
         can=nginx_versions.abilities(version),
+        acme_webroot=ACME_WEBROOT,
         routes=fleet.routes(gateway),
         sites=fleet.sites(gateway),
         probe=fleet.probe(gateway),

@@ -28,6 +28,7 @@ from gpu_service import settings as service_settings
 from gpu_service.training import settings as training_settings
 from provision import nginx_versions, services
 from provision.fields import (
+    HOST_NAME,
     PER_GPU,
     AbsolutePath,
     Metric,
@@ -91,7 +92,7 @@ HARDENED: Mapping[str, Any] = {
     "selinux_allow_connect": True,
     "tls_only": True,
     "hsts_max_age_s": 2 * 365 * 24 * 3600,  # Mozilla's
-    "tls_stapling": True,
+    "tls_stapling": "auto",
     "client_max_connections": 100,
     "client_handshakes_per_s": 10,
     "status_port": 8008,  # http_port_t in SELinux's policy, so nginx may listen on it
@@ -100,6 +101,14 @@ HARDENED: Mapping[str, Any] = {
 
 SELF_SIGNED_CERTIFICATE = "/etc/pki/gpu-gateway/self-signed.pem"
 SELF_SIGNED_KEY = "/etc/pki/gpu-gateway/self-signed.key"
+
+# What nginx serves of an ACME authority's, and where it looks for the answers to its challenges.
+ACME_CERTIFICATE = "/etc/pki/gpu-gateway/acme.pem"
+ACME_KEY = "/etc/pki/gpu-gateway/acme.key"
+ACME_WEBROOT = "/var/www/gpu-gateway"
+
+# Settings that name a file on the gateway, which somebody else put there.
+_TLS_FILES = ("tls_certificate", "tls_certificate_key", "tls_trusted_chain", "tls_client_ca")
 
 # What the sandbox of nginx.service does not see. https://www.freedesktop.org/software/systemd/man/systemd.exec.html#ProtectHome=
 UNSEEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108
@@ -197,6 +206,42 @@ class GatewaySettings(ServingSettings, _Scraped):
         f"not ask who signed it: `{SELF_SIGNED_CERTIFICATE}`, valid for 90 days, made anew by a "
         "deploy in its last 30.",
     )
+    tls_acme: bool = Field(
+        default=False,
+        description="certbot gets the certificate from an ACME authority such as Let's Encrypt, "
+        "and renews it. `acme_names` have to lead to this gateway, and the authority has to reach "
+        "it on `acme_http_port`. On EL, certbot comes from EPEL.",
+    )
+    acme_directory: Annotated[
+        str, Field(pattern=r"^https://[A-Za-z0-9.\[\]:-]+(/[A-Za-z0-9._~/-]*)?$")
+    ] = Field(
+        default="https://acme-v02.api.letsencrypt.org/directory",
+        description="The authority's ACME directory. To try, Let's Encrypt's staging one: "
+        "`https://acme-staging-v02.api.letsencrypt.org/directory`.",
+    )
+    acme_terms_agreed: bool = Field(
+        default=False,
+        description="You have read the authority's terms of service and agree to them. "
+        "`tls_acme` needs it.",
+    )
+    acme_email: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+@[A-Za-z0-9.-]+$")] | None = Field(
+        default=None, description="Whom the authority may write to. None: nobody."
+    )
+    acme_names: tuple[Annotated[str, Field(pattern=HOST_NAME)], ...] = Field(
+        default=(),
+        description="Names that the certificate is for. Empty: those in `server_name` and of "
+        "services.",
+    )
+    acme_http_port: Port = Field(
+        default=80,
+        description="Port on which the authority's challenge is answered. Authorities ask on 80.",
+    )
+    acme_ca: AbsolutePath | None = Field(
+        default=None,
+        description="Certificates (PEM, on the gateway) by which the authority's own server is "
+        "trusted, for one inside your network. None: those of the system.",
+    )
+    acme_package: Token = Field(default="certbot", description="Package that has certbot.")
     tls_listen_port: Port = Field(
         default=8443, description="Port of the TLS server, when it is on."
     )
@@ -215,10 +260,18 @@ class GatewaySettings(ServingSettings, _Scraped):
         description="How long browsers remember to come by TLS only (Strict-Transport-Security). "
         "0: they are not told.",
     )
-    tls_stapling: bool = Field(
+    tls_stapling: bool | Literal["auto"] = Field(
         default=False,
-        description="OCSP stapling. nginx leaves it out, with a warning, where the certificate "
-        "names no responder.",
+        description="OCSP stapling. `auto`: where the certificate in `tls_certificate` names a "
+        "responder. Let's Encrypt's have named none since 2025, and others follow. True where it "
+        "names none is refused.",
+    )
+    tls_trusted_chain: AbsolutePath | None = Field(
+        default=None,
+        description="Certificates (PEM, on the gateway) of the authority that issued "
+        "`tls_certificate`, up to its root: what is stapled is checked against them first. None: "
+        "it is passed on as it comes; the issuer's own certificate then has to stand in "
+        "`tls_certificate`, behind the first.",
     )
     tls_resolver: str | None = Field(
         default=None,
@@ -228,7 +281,13 @@ class GatewaySettings(ServingSettings, _Scraped):
     tls_client_ca: AbsolutePath | None = Field(
         default=None,
         description="Certificates (PEM, on the gateway) of the authorities whose clients may "
-        "connect by TLS; nobody else may. None: clients need no certificate.",
+        "connect by TLS. Workers are told the subject of the certificate (`X-Client-Name`), "
+        "by which they count and log the client. None: clients need no certificate.",
+    )
+    tls_client_verify: Literal["on", "optional"] = Field(
+        default="on",
+        description="`on`: a client without a certificate of `tls_client_ca` gets 400. `optional`: "
+        "it may come without one; one of somebody else is refused all the same.",
     )
     allowed_origins: tuple[Origin, ...] = Field(
         default=(),
@@ -376,8 +435,16 @@ class GatewaySettings(ServingSettings, _Scraped):
             ipaddress.ip_address(self.tls_resolver)
         if (self.tls_certificate is None) != (self.tls_certificate_key is None):
             yield "tls_certificate and tls_certificate_key go together: set both or none"
-        if self.tls_self_signed and self.tls_certificate:
-            yield "tls_self_signed makes a certificate, and tls_certificate names one; choose one"
+        sources = {
+            "tls_certificate": self.tls_certificate,
+            "tls_self_signed": self.tls_self_signed,
+            "tls_acme": self.tls_acme,
+        }
+        given = [name for name, value in sources.items() if value]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} each give the certificate; choose one"
+        if self.tls_acme:
+            yield from self._acme_problems()
         if not self.tls:
             needing = [
                 name
@@ -387,18 +454,40 @@ class GatewaySettings(ServingSettings, _Scraped):
             if needing:
                 yield (
                     f"{', '.join(needing)}: there is no certificate; set tls_certificate and "
-                    "tls_certificate_key, or tls_self_signed = True"
+                    "tls_certificate_key, tls_acme = True, or tls_self_signed = True"
                 )
-        if self.tls_client_ca and not self.tls_only:
+        if self.tls_self_signed and self.tls_stapling is True:
+            yield "tls_stapling: nobody answers for a self-signed certificate; take it out"
+        if self.tls_trusted_chain and not self.tls_stapling:
+            yield "tls_trusted_chain is for tls_stapling; set that as well, or take it out"
+        if self.tls_client_verify == "optional" and not self.tls_client_ca:
+            yield "tls_client_verify is for tls_client_ca; set that as well, or take it out"
+        if self.asks_for_certificates and not self.tls_only:
             yield (
                 "tls_client_ca asks clients for a certificate, and the plain port would let "
                 "everybody in without; set tls_only = True"
             )
 
+    def _acme_problems(self) -> Iterable[str]:
+        if not self.acme_terms_agreed:
+            yield (
+                "tls_acme: the authority issues to those who agree to its terms of service; read "
+                f"them ({self.acme_directory} names their address), and set acme_terms_agreed = "
+                "True"
+            )
+        unfit = [name for name in self.certificate_domains if not _is_host_name(name)]
+        if unfit:
+            yield (
+                f"tls_acme: nobody issues for {', '.join(unfit)} by the challenge that is used "
+                "here; set acme_names (or server_name) to full names that lead to this gateway"
+            )
+        if self.acme_http_port == self.tls_listen_port:
+            yield "acme_http_port and tls_listen_port are the same; the challenge comes without TLS"
+
     def _sandbox_problems(self) -> Iterable[str]:
         if not self.sandbox:
             return
-        for name in ("tls_certificate", "tls_certificate_key", "tls_client_ca"):
+        for name in _TLS_FILES:
             path = getattr(self, name)
             if path and path.startswith(UNSEEN):
                 yield f"{name} is {path}, which nginx does not see in its sandbox; use /etc/pki"
@@ -444,14 +533,34 @@ class GatewaySettings(ServingSettings, _Scraped):
         return self.certificate is not None
 
     @property
+    def asks_for_certificates(self) -> bool:
+        """Whether a client without a certificate is turned away."""
+        return bool(self.tls_client_ca) and self.tls_client_verify == "on"
+
+    @property
     def certificate(self) -> str | None:
         """Path of the certificate chain on the gateway."""
+        if self.tls_acme:
+            return ACME_CERTIFICATE
         return SELF_SIGNED_CERTIFICATE if self.tls_self_signed else self.tls_certificate
 
     @property
     def certificate_key(self) -> str | None:
         """Path of its private key on the gateway."""
+        if self.tls_acme:
+            return ACME_KEY
         return SELF_SIGNED_KEY if self.tls_self_signed else self.tls_certificate_key
+
+    @property
+    def certificate_domains(self) -> list[str]:
+        """Names that an ACME authority is asked for."""
+        return list(self.acme_names) or self.all_names
+
+    @property
+    def all_names(self) -> list[str]:
+        """Names under which clients come, those of single services among them."""
+        of_services = (name for found in self.services.values() for name in found.server_names)
+        return list(dict.fromkeys([*self.server_names, *of_services]))
 
     @property
     def bracketed_resolver(self) -> str | None:
@@ -476,10 +585,9 @@ class GatewaySettings(ServingSettings, _Scraped):
     @property
     def probe_refusals(self) -> list[str]:
         """Statuses with which nginx refuses the deploy, and shows by that what it runs."""
-        return [
-            *(["400"] if self.tls_client_ca else []),  # the deploy has no client's certificate,
-            *(["403"] if self.auth_request else []),  # and nothing that names it
-        ]
+        # The deploy has no client's certificate, and nothing that names it.
+        asked = {"400": self.asks_for_certificates, "403": self.auth_request}
+        return [status for status, why in asked.items() if why]
 
 
 class PythonSettings(CommonSettings):
@@ -1054,6 +1162,7 @@ def parse_fleet(
     problems += _differences(fleet)
     problems += _service_conflicts(fleet)
     problems += _clashes(fleet)
+    problems += _same_names(fleet)
     problems += _silences(fleet)
     problems += _backups(fleet)
     if problems:
@@ -1203,6 +1312,22 @@ def _service_conflicts(fleet: Fleet) -> list[str]:
     return problems
 
 
+def _same_names(fleet: Fleet) -> list[str]:
+    """An authority's challenge reaches one gateway, and only the one that asked can answer it."""
+    owners: dict[str, str] = {}
+    problems = []
+    for host, gateway in fleet.gateways.items():
+        for name in gateway.certificate_domains if gateway.tls_acme else []:
+            if name in owners:
+                problems.append(
+                    f"{host}: tls_acme asks for {name}, and so does {owners[name]}, but a "
+                    "challenge reaches one of them only; set acme_names of each to its own, or "
+                    "tls_certificate to a certificate that you bring to both"
+                )
+            owners.setdefault(name, host)
+    return problems
+
+
 def _silences(fleet: Fleet) -> list[str]:
     """A socket that is idle but alive shows a ping now and then; nginx must wait for two."""
     problems = []
@@ -1246,6 +1371,8 @@ def _listeners(fleet: Fleet) -> Iterable[tuple[str, int, str]]:
         yield name, gateway.listen_port, "listen_port"
         if gateway.tls:
             yield name, gateway.tls_listen_port, "tls_listen_port"
+        if gateway.tls_acme and gateway.acme_http_port != gateway.listen_port:
+            yield name, gateway.acme_http_port, "acme_http_port"
         if gateway.status_port:
             yield name, gateway.status_port, "status_port"
         if gateway.metrics_port:
@@ -1255,6 +1382,11 @@ def _listeners(fleet: Fleet) -> Iterable[tuple[str, int, str]]:
             of = f" of service {found.service}" if found.service else ""
             for port in dict.fromkeys(found.settings.ports):
                 yield name, port, f"worker_ports{of}"
+
+
+def _is_host_name(name: str) -> bool:
+    # An address, a wildcard and nginx's `_` are none.
+    return re.match(HOST_NAME, name) is not None
 
 
 def _bracketed(address: str) -> str:

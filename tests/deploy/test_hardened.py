@@ -145,6 +145,17 @@ def test_tls_tells_browsers_to_come_by_it_only(deployment: Deployment) -> None:
     assert old == ""
 
 
+def test_sslyze_finds_mozillas_intermediate_profile(deployment: Deployment, trusted: Path) -> None:
+    """It tries every protocol, cipher suite and curve, and known attacks, on the live port."""
+    scan = on_network(
+        deployment,
+        *("-m", "sslyze", "--mozilla_config=intermediate", f"--certinfo_ca_file={trusted}"),
+        f"{address(deployment)}:8443",
+    )
+    assert scan.returncode == 0, scan.stdout + scan.stderr
+    assert "OK - Compliant" in scan.stdout
+
+
 @pytest.mark.parametrize(
     ("origin", "status"),
     [

@@ -4,9 +4,11 @@ from collections.abc import Callable
 
 from testinfra.host import Host
 
+from provision import certificates, nginx_versions, rendering
 from provision import gateway as declared
-from provision import nginx_versions, rendering
+from provision.facts import CertificateState
 from provision.services import Route, Site
+from provision.settings import GatewaySettings
 from tests.hosts.conftest import Target
 
 
@@ -20,6 +22,17 @@ def installed(target: Target) -> nginx_versions.Version:
     version = nginx_versions.parse(target.host.run("nginx -v").stderr)
     assert version is not None
     return version
+
+
+def settled(target: Target) -> GatewaySettings:
+    """The settings with what follows from the certificate on the host."""
+    path = target.settings.tls_certificate
+    found = CertificateState()
+    if path:
+        uri = target.host.run("openssl x509 -in %s -noout -ocsp_uri", path).stdout.strip()
+        chain = target.host.run("grep -c 'BEGIN CERTIFICATE' %s", path).stdout.strip()
+        found = CertificateState(ocsp=bool(uri), chain=int(chain or 0))
+    return certificates.decided(target.settings, found)
 
 
 def status_of(
@@ -67,7 +80,7 @@ def status_of(
 
 def asks_who_comes(target: Target) -> bool:
     """Whether this check, which has neither certificate nor credentials, is turned away."""
-    return bool(target.settings.tls_client_ca or target.settings.auth_request)
+    return bool(target.settings.asks_for_certificates or target.settings.auth_request)
 
 
 def test_nginx_is_installed_by_the_package_manager(gateway: Target) -> None:
@@ -89,9 +102,10 @@ def test_nginx_runs_and_starts_at_boot(gateway: Target) -> None:
 
 
 def test_every_managed_file_is_as_declared(gateway: Target) -> None:
+    settings = settled(gateway)
     files = [
-        declared.nginx_conf(gateway.settings, gateway.fleet, cores(gateway), installed(gateway)),
-        *declared.supporting_files(gateway.settings, gateway.fleet, cores(gateway)),
+        declared.nginx_conf(settings, gateway.fleet, cores(gateway), installed(gateway)),
+        *declared.supporting_files(settings, gateway.fleet, cores(gateway)),
     ]
     for managed in files:
         file = gateway.host.file(managed.path)
@@ -215,6 +229,32 @@ def test_key_of_a_self_signed_certificate_is_roots_alone(gateway: Target) -> Non
         return
     file = gateway.host.file(gateway.settings.certificate_key)
     assert (oct(file.mode), file.user) == ("0o600", "root")
+
+
+def test_the_certificate_is_right_and_does_not_end_soon(gateway: Target) -> None:
+    settings = gateway.settings
+    if not settings.tls:
+        return
+    certificate, key = settings.certificate, settings.certificate_key
+    if gateway.host.run("command -v openssl").failed:
+        return  # nothing on this host can tell
+    of_key = gateway.host.check_output("openssl pkey -in %s -pubout", key)
+    assert gateway.host.check_output("openssl x509 -in %s -noout -pubkey", certificate) == of_key
+    week = "604800"
+    still = gateway.host.run("openssl x509 -in %s -noout -checkend %s", certificate, week)
+    assert still.succeeded, gateway.host.check_output(
+        "openssl x509 -in %s -noout -enddate", certificate
+    )
+
+
+def test_the_certificate_is_renewed_by_a_timer(gateway: Target) -> None:
+    if not gateway.settings.tls_acme:
+        return
+    timer = gateway.host.service("gateway-certificate.timer")
+    assert timer.is_enabled
+    assert timer.is_running
+    # As the last renewal left it.
+    assert gateway.host.run("systemctl is-failed --quiet gateway-certificate.service").failed
 
 
 def test_the_sandbox_is_declared(

@@ -462,6 +462,28 @@ def test_a_client_without_a_name_is_its_address(
     assert client_of(judging, peer, *real) == client
 
 
+@pytest.mark.parametrize(
+    ("peer", "told", "client"),
+    [
+        ("10.1.2.3", ["CN=me"], "certificate CN=me"),
+        ("127.0.0.1", ["CN=me"], "certificate CN=me"),
+        ("192.0.2.1", ["CN=me"], "address 192.0.2.1"),  # anybody may say so
+        ("10.1.2.3", ["CN=me", "CN=you"], "address 10.1.2.3"),
+        ("10.1.2.3", ["x" * 257], "address 10.1.2.3"),
+        ("10.1.2.3", [""], "address 10.1.2.3"),
+    ],
+)
+def test_a_certificate_that_a_gateway_has_checked_names_its_client(
+    peer: str, told: Sequence[str], client: str
+) -> None:
+    judging = Admission(clients=Clients(), trusted_proxies=["10.0.0.0/8"])
+    headers = Headers([("X-Client-Name", name) for name in told])
+    visitor = judging.visitor(headers, peer)
+    assert visitor.client == client
+    assert visitor.name == client.partition("certificate ")[2]
+    assert judging.judge(visitor, target="/", headers=headers) is None
+
+
 def test_a_proxy_that_is_not_trusted_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     judging = Admission(clients=Clients())
     for _ in range(3):

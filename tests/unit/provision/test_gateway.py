@@ -94,6 +94,12 @@ def test_the_profile_needs_a_certificate_and_no_root() -> None:
         ({"tls_self_signed": True, **CERTIFICATE}, "choose one"),
         ({"tls_client_ca": "/etc/pki/ca.pem", **CERTIFICATE}, "set tls_only = True"),
         ({"tls_only": True}, "tls_only: there is no certificate"),
+        (
+            {"tls_self_signed": True, "tls_stapling": True},
+            "tls_stapling: nobody answers for a self-signed certificate",
+        ),
+        ({**CERTIFICATE, "tls_trusted_chain": "/etc/pki/chain.pem"}, "is for tls_stapling"),
+        ({**CERTIFICATE, "tls_client_verify": "optional"}, "is for tls_client_ca"),
         ({"tls_resolver": "dns.example"}, "dns.example"),
         ({"allowed_origins": ["*"]}, "allowed_origins.0"),
         ({"allowed_origins": ["https://a.example/"]}, "allowed_origins.0"),
@@ -123,7 +129,6 @@ def test_plain_http_is_sent_to_tls_and_plain_websockets_are_told_why(tmp_path: P
     assert returns[1] == ["308", "https://$host:8443$request_uri"]
     assert "proxy_pass" not in dict(flat(plain))
     assert ("add_header", ["Strict-Transport-Security", "max-age=63072000", "always"]) in flat(tls)
-    assert ("ssl_stapling", ["on"]) in flat(tls)
     assert ("ssl_protocols", ["TLSv1.2", "TLSv1.3"]) in flat(tls)
 
 
@@ -136,9 +141,22 @@ def test_a_self_signed_certificate_is_not_stapled_and_not_searched_for_elsewhere
 
 
 def test_client_certificates_are_asked_for(tmp_path: Path) -> None:
-    found = flat(parsed(tmp_path, **HARD, tls_client_ca="/etc/pki/ca.pem"))
+    asking = {**HARD, "tls_client_ca": "/etc/pki/ca.pem"}
+    found = flat(parsed(tmp_path, **asking))
     assert ("ssl_verify_client", ["on"]) in found
     assert ("ssl_client_certificate", ["/etc/pki/ca.pem"]) in found
+    assert settings(**asking).probe_refusals == ["400"]
+    optional = {**asking, "tls_client_verify": "optional"}
+    assert ("ssl_verify_client", ["optional"]) in flat(parsed(tmp_path, **optional))
+    assert settings(**optional).probe_refusals == []
+
+
+def test_nobody_says_the_name_of_a_certificate_of_himself(tmp_path: Path) -> None:
+    # nginx sends no header whose value is empty, and the variable is, without a certificate.
+    for found in (parsed(tmp_path), parsed(tmp_path, **HARD)):
+        passing = [args for name, args in flat(found) if name == "proxy_pass"]
+        told = [args for _, args in flat(found) if args[:1] == ["X-Client-Name"]]
+        assert told == [["X-Client-Name", "$ssl_client_s_dn"]] * len(passing)
 
 
 @pytest.mark.parametrize(
