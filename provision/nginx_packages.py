@@ -31,8 +31,17 @@ DNF_KEY = f"/etc/pki/rpm-gpg/RPM-GPG-KEY-{REPOSITORY}"
 APT_REPOSITORY = f"/etc/apt/sources.list.d/{REPOSITORY}.sources"
 APT_KEY = f"/usr/share/keyrings/{REPOSITORY}.asc"
 
-# What this module leaves on hosts, beside the package: only while nginx_source is "nginx.org".
+# What this module leaves on hosts, beside the package: only while nginx_source is "nginx.org". dnf
+# imports the keys into rpm's database, too, where they stay (rpm -q gpg-pubkey).
 FILES = (DNF_REPOSITORY, DNF_KEY, APT_REPOSITORY, APT_KEY)
+
+# A server on port 80 with nginx's welcome page, which nginx.org's packages bring and the deploy's
+# nginx.conf would include.
+WELCOME = "/etc/nginx/conf.d/default.conf"
+_NO_WELCOME = b"# Emptied by the gateway's deploy: the package has a server on port 80 here.\n"
+
+# Where dnf keeps which stream is enabled.
+MODULE = "/etc/dnf/modules.d/nginx.module"
 
 # What decides whether Debian's packages may start and stop services. There only while they are
 # installed (files/apt-install.sh).
@@ -84,7 +93,7 @@ def refuse_incapable(declared: Wanted) -> None:
     settings ask for. A host is asked only where they ask for something."""
     if not declared.needed:
         return
-    found = host.get_fact(facts.Packages, names=_names(declared), files=FILES)
+    found = _found(declared)
     version = nginx_versions.parse(found.packages.get(declared.package, ""))
     if version and fits(declared, found):
         problems = nginx_versions.problems(version, declared.needed)
@@ -98,8 +107,15 @@ def _key(settings: GatewaySettings) -> bytes:
     return (CHECKOUT / settings.nginx_signing_key).read_bytes()
 
 
-def _names(declared: Wanted) -> tuple[str, ...]:
-    return (declared.package, CORE, COMMON)
+def _found(declared: Wanted) -> facts.PackageState:
+    return host.get_fact(
+        facts.Packages, names=(declared.package, CORE, COMMON), files=(*FILES, WELCOME)
+    )
+
+
+def _repository_of(found: facts.PackageState) -> list[str]:
+    """What this module left of nginx.org's repository. Pure."""
+    return [path for path in found.files if path in FILES]
 
 
 def fits(declared: Wanted, found: facts.PackageState) -> bool:
@@ -114,7 +130,7 @@ def fits(declared: Wanted, found: facts.PackageState) -> bool:
         return is_of_nginx_org(installed)
     # A build that somebody else put there stays; one that came by this deploy's repository goes
     # with it.
-    return not (found.files and is_of_nginx_org(installed))
+    return not (_repository_of(found) and is_of_nginx_org(installed))
 
 
 def is_of_nginx_org(package: str) -> bool:
@@ -130,7 +146,7 @@ def nginx_installed(declared: Wanted) -> Commands:
 
     What fits stays as it is: nothing is upgraded because something newer is there.
     """
-    found = host.get_fact(facts.Packages, names=_names(declared), files=FILES)
+    found = _found(declared)
     if found.manager == "apt" and declared.source == "module":
         yield fail("nginx_source is 'module', which is dnf's; this host has apt")
         return
@@ -141,8 +157,10 @@ def nginx_installed(declared: Wanted) -> Commands:
     if not fits(declared, found):
         by = _by_dnf if found.manager == "dnf" else _by_apt
         yield from record.installing([declared.package], by(declared, found))
-    if declared.source != "nginx.org" and found.files:
-        yield quoted("rm", "-f", "--", *found.files)
+        if declared.source == "nginx.org" and WELCOME not in found.files:
+            yield from swap_in(ManagedFile(path=WELCOME, content=_NO_WELCOME))
+    if declared.source != "nginx.org" and _repository_of(found):
+        yield quoted("rm", "-f", "--", *_repository_of(found))
 
 
 def _repository(declared: Wanted, found: facts.PackageState) -> Commands:
@@ -177,11 +195,7 @@ def repository_files(declared: Wanted, found: facts.PackageState) -> list[Manage
 
 
 def _by_dnf(declared: Wanted, found: facts.PackageState) -> Commands:
-    if declared.source == "module" and found.stream != declared.stream:
-        yield record.file("/etc/dnf/modules.d/nginx.module")
-        if found.stream:  # dnf does not go from one stream to another in one step
-            yield quoted("dnf", "-y", "-q", "module", "reset", "nginx")
-        yield quoted("dnf", "-y", "-q", "module", "enable", f"nginx:{declared.stream}")
+    yield from _module_stream(declared, found)
     if not declared.by_choice and not found.packages:
         yield quoted("dnf", "-y", "-q", "install", declared.package)
         return
@@ -208,6 +222,22 @@ def _by_dnf(declared: Wanted, found: facts.PackageState) -> Commands:
         yield quoted("dnf", "-y", "-q", "install", "--allowerasing", package)
     else:
         yield quoted("dnf", "-y", "-q", "install", package)
+
+
+def _module_stream(declared: Wanted, found: facts.PackageState) -> Commands:
+    """The declared stream, and no other; one that somebody else enabled stays where none is."""
+    if declared.source == "module" and found.stream != declared.stream:
+        if found.stream:  # dnf does not go from one stream to another in one step
+            yield quoted("dnf", "-y", "-q", "module", "reset", "nginx")
+        yield record.file(MODULE)
+        yield quoted("dnf", "-y", "-q", "module", "enable", f"nginx:{declared.stream}")
+    elif declared.source == "distribution" and found.stream and _came_by_a_deploy(MODULE):
+        # It would hide the distribution's other packages of nginx.
+        yield quoted("dnf", "-y", "-q", "module", "reset", "nginx")
+
+
+def _came_by_a_deploy(path: str) -> bool:
+    return host.get_fact(record.Journal).of("file").get(path) == "absent"
 
 
 def _by_apt(declared: Wanted, found: facts.PackageState) -> Commands:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,21 @@ def test_the_real_ones_refuse_what_they_are_said_not_to_know() -> None:
 REPOSITORY = "/srv/newer"
 _REPOSITORY_FILE = f"[newer]\nname=newer\nbaseurl=file://{REPOSITORY}\ngpgcheck=0\n"
 
+# Laid out, versioned and signed as nginx.org's packages are.
+MIRROR = "/srv/mirror"
+_AS_NGINX_ORG = """
+sed -e 's/1.lab.el9/1.el9.ngx/; s/^Epoch: .*/Epoch: 1/' \\
+    -e '/^%install/a install -m 644 -Dt %{buildroot}/etc/nginx/conf.d /srv/build/default.conf' \\
+    -e '/^%files/a %config(noreplace) /etc/nginx/conf.d/default.conf' \\
+    recipe/nginx.spec >recipe/org.spec
+echo 'server { listen 80; }' >default.conf
+export GNUPGHOME=/srv/build/gnupg
+mkdir -m 700 $GNUPGHOME
+gpg --batch --quiet --passphrase '' --quick-generate-key lab rsa2048 sign never 2>/dev/null
+gpg --armor --export >/srv/build/key 2>/dev/null
+"""
+_SIGN = "rpmsign --define '__gpg /usr/bin/gpg' --define '_gpg_name lab' --addsign"
+
 
 def send(deployment: Deployment, content: bytes, command: str) -> None:
     config = deployment.hosts["gw1"]["ssh_config_file"]
@@ -81,37 +97,27 @@ def send(deployment: Deployment, content: bytes, command: str) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def build_package(deployment: Deployment, version: str, *, binary: str | None = None) -> None:
-    """An RPM of this version into the host's own repository, with the lab's recipe.
+def in_build(deployment: Deployment, text: str) -> None:
+    deployment.on("gw1", "sh", "-ec", f"cd /srv/build; {text}")
 
-    `binary`: a script that stands for nginx, beside the real one.
-    """
-    prepare = (
-        "cd /srv/build && { [ -e tree/usr/sbin/nginx.real ] || "
-        "mv tree/usr/sbin/nginx tree/usr/sbin/nginx.real; } && "
-        + (
-            "cp tree/usr/sbin/nginx.real tree/usr/sbin/nginx"
-            if binary is None
-            else f"printf %s {shlex.quote(binary)} >tree/usr/sbin/nginx"
-        )
-    )
+
+def build_package(
+    deployment: Deployment, version: str, *, to: str = REPOSITORY, spec: str = "nginx"
+) -> None:
+    """An RPM of what is in /srv/build/tree into a repository on the gateway."""
     defines = {
         "nginx_version": version,
         "tree": "/srv/build/tree",
         "recipe": "/srv/build/recipe",
         "_topdir": "/srv/build/top",
-        "_rpmdir": REPOSITORY,
+        "_rpmdir": to,
+        "_build_name_fmt": "%%{NAME}-%%{VERSION}-%%{RELEASE}.rpm",
     }
     options = " ".join(
         f"--define {shlex.quote(f'{name} {value}')}" for name, value in defines.items()
     )
-    deployment.on(
-        "gw1",
-        "sh",
-        "-ec",
-        f"{prepare}; rpmbuild -bb --quiet {options} recipe/nginx.spec; "
-        f"createrepo_c --quiet {REPOSITORY}",
-    )
+    in_build(deployment, f"rpmbuild -bb --quiet {options} recipe/{spec}.spec")
+    in_build(deployment, f"createrepo_c --quiet {to}")
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +134,10 @@ def newer(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory) -> I
     build_package(deployment, str(version))
     send(deployment, _REPOSITORY_FILE.encode(), "cat >/etc/yum.repos.d/newer.repo")
     yield str(version)
-    deployment.on("gw1", "rm", "-rf", "/etc/yum.repos.d/newer.repo", REPOSITORY, "/srv/build")
+    leftovers = ("/etc/yum.repos.d/newer.repo", REPOSITORY, MIRROR, "/srv/build")
+    deployment.on("gw1", "rm", "-rf", *leftovers)
     result = deployment.run(nginx_version=quoted("1.22"))
     assert result.returncode == 0, result.output
-    assert deployment.run().returncode == 0
 
 
 def quoted(version: str) -> str:
@@ -188,37 +194,77 @@ async def test_upgrades_and_downgrades_keep_every_socket(
     wait_for(lambda: len(masters(deployment)) == 1, what="former masters end with their sockets")
     main = deployment.on("gw1", "systemctl", "show", "nginx", "-p", "MainPID", "--value")
     assert main.strip() == masters(deployment)[0]
-    assert await deployed("1.22") == {}
 
 
-DOES_NOT_SERVE = """#!/bin/sh
+# What a package may bring: a binary that passes `nginx -t` and does not start, or not as it should.
+_BROKEN = """#!/bin/sh
 case "$*" in
     -v | *-t*) exec /usr/sbin/nginx.real "$@" ;;
 esac
-echo 'nginx: [emerg] this build does not start' >&2
-exit 1
 """
+DOES_NOT_START = f"{_BROKEN}echo 'this build does not start' >&2\nexit 1\n"
+DOES_NOT_SERVE = f"{_BROKEN}exec /usr/sbin/nginx.real -c /srv/build/elsewhere.conf\n"
+_ELSEWHERE = b"pid /run/nginx.pid;\nevents {}\nhttp { server { listen 127.0.0.1:8010; } }\n"
 
 
-async def test_a_binary_that_does_not_take_over_leaves_the_old_one_serving(
+async def test_a_binary_that_is_not_up_to_it_leaves_the_old_one_serving(
     deployment: Deployment, newer: str
 ) -> None:
-    build_package(deployment, "1.26.99", binary=DOES_NOT_SERVE)
-    deployment.on("gw1", "sh", "-c", "cp /srv/build/tree/usr/sbin/nginx.real /usr/sbin/")
-    async with connect(deployment.gateway_url) as socket:
-        result = await asyncio.to_thread(
-            deployment.run, nginx_version=quoted("1.26.99"), keepalive_timeout_s=70
-        )
-        assert result.returncode != 0
-        assert "did not take over from the one that runs, which goes on" in result.output
-        await answers(socket)
-    assert running_version(deployment) == "1.22.1"
-    assert "keepalive_timeout 65;" in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
-    async with connect(deployment.gateway_url) as socket:
-        await answers(socket)
+    in_build(deployment, "cp tree/usr/sbin/nginx /usr/sbin/nginx.real")
+    send(deployment, _ELSEWHERE, "cat >/srv/build/elsewhere.conf")
+    async with connect(deployment.gateway_url) as before:
+        for version, binary, told in (
+            ("1.26.98", DOES_NOT_START, "did not take over from the one that runs, which goes on"),
+            ("1.26.99", DOES_NOT_SERVE, "port 8009 does not answer a WebSocket handshake"),
+        ):
+            send(deployment, binary.encode(), "cat >/srv/build/tree/usr/sbin/nginx")
+            build_package(deployment, version)
+            result = await asyncio.to_thread(
+                deployment.run, nginx_version=quoted(version), keepalive_timeout_s=70
+            )
+            assert result.returncode != 0
+            assert told in result.output
+            assert "the binary that ran before runs again" in result.output
+            assert "the previous configuration is back, and clients are served" in result.output
+            assert running_version(deployment) == "1.22.1"
+            assert "keepalive_timeout 65;" in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+            await answers(before)
+            async with connect(deployment.gateway_url) as after:
+                await answers(after)
+    in_build(deployment, "mv /usr/sbin/nginx.real tree/usr/sbin/nginx")
     result = await asyncio.to_thread(deployment.run, nginx_version=quoted("1.22"))
     assert result.returncode == 0, result.output
-    deployment.on("gw1", "rm", "/usr/sbin/nginx.real")
+    assert len(masters(deployment)) == 1
+
+
+def test_nginx_orgs_packages_are_installed_where_they_are_signed_by_the_key(
+    deployment: Deployment, newer: str, tmp_path: Path
+) -> None:
+    folder = f"{MIRROR}/centos/9/x86_64"
+    in_build(deployment, _AS_NGINX_ORG)
+    build_package(deployment, newer, to=folder, spec="org")
+    in_build(deployment, f"GNUPGHOME=/srv/build/gnupg {_SIGN} {folder}/*.rpm")
+    in_build(deployment, f"createrepo_c --quiet {folder}")
+    org = {"nginx_source": "nginx.org", "nginx_mirror": f"file://{MIRROR}"}
+
+    refused = deployment.run(**org)  # by the key that ships, which did not sign these
+    assert refused.returncode != 0
+    assert "GPG check FAILED" in refused.output
+    assert running_version(deployment) == "1.22.1"
+
+    (tmp_path / "key").write_text(deployment.on("gw1", "cat", "/srv/build/key"))
+    result = deployment.run(**org, nginx_signing_key=str(tmp_path / "key"))
+    assert result.returncode == 0, result.output
+    # Older by its epoch than what was there, which says nothing about nginx.
+    assert deployment.on("gw1", "rpm", "-q", "nginx").startswith(f"nginx-{newer}-1.el9.ngx")
+    assert running_version(deployment) == newer
+    assert deployment.on("gw1", "ss", "-ltnH", "sport = :80") == "", "the package's welcome page"
+
+    back = deployment.run(nginx_version=quoted("1.22"))
+    assert back.returncode == 0, back.output
+    assert running_version(deployment) == "1.22.1"
+    found = deployment.on("gw1", "ls", "/etc/yum.repos.d", "/etc/pki/rpm-gpg")
+    assert "gateway-nginx" not in found
 
 
 def test_a_version_that_nobody_has_is_refused_and_says_what_there_is(
@@ -227,4 +273,5 @@ def test_a_version_that_nobody_has_is_refused_and_says_what_there_is(
     result = deployment.run(nginx_version=quoted("1.30"))
     assert result.returncode != 0
     assert f"no nginx 1.30; there: 1.22.1, {newer}" in result.output
+    assert result.changed == {}
     assert running_version(deployment) == "1.22.1"

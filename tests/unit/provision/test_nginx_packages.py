@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from provision import facts, nginx_packages, preflight
+from provision import facts, nginx_packages, preflight, record
 from provision.nginx_packages import REPOSITORY, Wanted
 from provision.settings import GatewaySettings
 from tests.unit.provision.fleets import fleet, gateway, worker
@@ -22,7 +22,7 @@ from tests.unit.provision.test_settings import problems
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 # What every ask of this module starts with.
-ASKING = ("os-release", "repoquery", "madison", "stat -c")
+ASKING = ("os-release", "repoquery", "madison", "stat -c", record.JOURNAL)
 NOTING = "journal=$record/journal"  # files/record.sh, which has tests of its own
 
 
@@ -41,9 +41,12 @@ def found(*packages: str, **said: str) -> facts.PackageState:
     return facts.Packages().process(has(*packages, **said))
 
 
-def commands(host: list[str], offered: list[str] | None = None, **data: Any) -> list[str]:
+def commands(
+    host: list[str], offered: list[str] | None = None, journal: str = "", **data: Any
+) -> list[str]:
     """What is done to a host that answers so."""
-    answers = {"os-release": host, "repoquery": offered or [], "madison": offered or []}
+    answers: dict[str, Any] = {"os-release": host, "repoquery": offered or []}
+    answers |= {"madison": offered or [], record.JOURNAL: [journal]}
     hosts = FakeHosts({"h": answers})
     (done,) = hosts.run(nginx_packages.nginx_installed, declared=declared(**data)).values()
     return [command for command in done if not any(word in command for word in (*ASKING, NOTING))]
@@ -150,6 +153,18 @@ def test_a_module_stream_is_enabled_after_the_one_before_was_reset() -> None:
     assert commands(has(), offered, **wish)[0] == "dnf -y -q module enable nginx:1.24"
 
 
+@pytest.mark.parametrize(
+    ("journal", "first"),
+    [
+        (f"file\t{nginx_packages.MODULE}\tfound\tabsent", "dnf -y -q module reset nginx"),
+        ("", "dnf -q --refresh makecache"),
+    ],
+)
+def test_only_a_stream_that_this_deploy_enabled_is_reset_again(journal: str, first: str) -> None:
+    now = has("nginx 1:1.24.0-4.module+el9", stream="1.24")
+    assert commands(now, ["1:1.20.1-22.el9"], journal, nginx_version="1.20")[0] == first
+
+
 def test_nginx_orgs_packages_come_from_its_repository_alone_and_replace_the_split_ones() -> None:
     done = commands(
         has(EL, "nginx-core 1:1.20.1-22.el9"),
@@ -158,7 +173,9 @@ def test_nginx_orgs_packages_come_from_its_repository_alone_and_replace_the_spli
         nginx_version="1.26",
     )
     placed = [command.split()[-1] for command in done if command.startswith("mv -fT")]
-    assert placed == [nginx_packages.DNF_KEY, nginx_packages.DNF_REPOSITORY]
+    welcome = nginx_packages.WELCOME
+    assert placed == [nginx_packages.DNF_KEY, nginx_packages.DNF_REPOSITORY, welcome]
+    done = done[: done.index("dnf -y -q swap nginx-core nginx-1:1.26.3-1.el9.ngx") + 1]
     assert f"--disablerepo=* --enablerepo={REPOSITORY}" in done[-2].replace("'", "")
     assert done[-1] == "dnf -y -q swap nginx-core nginx-1:1.26.3-1.el9.ngx"
 
@@ -192,8 +209,16 @@ def test_apt_takes_debians_packages_of_one_version() -> None:
 def test_apt_takes_nginx_orgs_package_from_its_repository() -> None:
     done = commands(has(**DEBIAN), MADISON, nginx_source="nginx.org")
     placed = [command.split()[-1] for command in done if command.startswith("mv -fT")]
-    assert placed == [nginx_packages.APT_KEY, nginx_packages.APT_REPOSITORY]
-    assert done[-1].endswith(f"{nginx_packages.APT_POLICY} 'nginx=1.26.3-1~bookworm'")
+    welcome = nginx_packages.WELCOME
+    assert placed == [nginx_packages.APT_KEY, nginx_packages.APT_REPOSITORY, welcome]
+    installing = f"{nginx_packages.APT_POLICY} 'nginx=1.26.3-1~bookworm'"
+    assert any(command.endswith(installing) for command in done)
+
+
+def test_a_server_that_the_operator_has_where_the_package_has_its_own_stays() -> None:
+    host = has(**DEBIAN, file=nginx_packages.WELCOME)
+    done = commands(host, MADISON, nginx_source="nginx.org")
+    assert not any(nginx_packages.WELCOME in command for command in done)
 
 
 @pytest.fixture
