@@ -151,7 +151,7 @@ def nginx_installed(declared: Wanted) -> Commands:
         yield fail("nginx_source is 'module', which is dnf's; this host has apt")
         return
     if found.manager not in ("dnf", "apt"):
-        yield fail("this host has neither dnf nor apt-get; so nginx cannot be installed on it")
+        yield fail("this host has neither dnf nor apt-get, so nginx cannot be installed on it")
         return
     yield from _repository(declared, found)
     if not fits(declared, found):
@@ -256,8 +256,9 @@ def _by_apt(declared: Wanted, found: facts.PackageState) -> Commands:
 
 def madison(lines: Iterable[str], mirror: str, *, ours: bool) -> list[str]:
     """Versions of `apt-cache madison` that come from the mirror, or from elsewhere. Pure."""
+    place = mirror.replace("file:///", "file:/")  # as apt tells it
     rows = ([cell.strip() for cell in line.split("|")] for line in lines)
-    return [row[1] for row in rows if len(row) == 3 and (mirror in row[2]) == ours]
+    return [row[1] for row in rows if len(row) == 3 and row[2].startswith(f"{place}/") == ours]
 
 
 def choose(declared: Wanted, offered: Iterable[str]) -> tuple[str | None, list[str]]:

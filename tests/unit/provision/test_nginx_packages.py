@@ -215,6 +215,12 @@ def test_apt_takes_nginx_orgs_package_from_its_repository() -> None:
     assert any(command.endswith(installing) for command in done)
 
 
+def test_apt_tells_the_mirror_of_a_folder_in_its_own_way() -> None:
+    row = " nginx | 1.26.3-1~bookworm | file:/srv/m/debian bookworm/nginx amd64 Packages"
+    assert nginx_packages.madison([row], "file:///srv/m", ours=True) == ["1.26.3-1~bookworm"]
+    assert nginx_packages.madison([row], "file:///srv/m", ours=False) == []
+
+
 def test_a_server_that_the_operator_has_where_the_package_has_its_own_stays() -> None:
     host = has(**DEBIAN, file=nginx_packages.WELCOME)
     done = commands(host, MADISON, nginx_source="nginx.org")
