@@ -1,20 +1,24 @@
-# Makes nginx run the configuration whose candidates lie beside the live files; if clients were
-# served before and are not afterwards, puts back what was there. Runs on the gateway, as root.
+# Makes nginx run the configuration whose candidates lie beside the live files, or leaves what there
+# was. Runs on the gateway, as root.
 #
-#   nginx-activate PROBE DIGEST FILE…     PROBE: where clients are served (handshake.sh); FILE: every managed file; its candidate, where it
-#                                         differs, is .NAME.candidate in the same folder
+#   nginx-activate PROBE DIGEST (SHA256 FILE)…   PROBE: where clients are served (handshake.sh);
+#                                         FILE: every managed file; its candidate, where it differs,
+#                                         is .NAME.candidate in the same folder
 #   nginx-activate --previous             the files that the last change replaced
 #
-# Stands behind handshake.sh, whose functions it uses.
+# Stands behind handshake.sh and nginx-trial.sh, whose functions it uses. Steps: the lock; the
+# candidates are taken (so that no other deploy stages over them) and compared with what was sent;
+# everything that the way back needs is put in its place (so that a full disk is found now); the
+# candidates are checked and tried beside the live ones; swapped by renames, nginx.conf last; nginx is
+# reloaded; a handshake is tried; else all goes back, by renames alone. Files that were managed once
+# and are not declared any more go with the rest, and come back with it.
+#
 # Ends with 0 when nginx runs it, and notes DIGEST as applied; else with 1, having said why.
 set -u
+# The deploy may be gone, and with it whoever reads: what was begun is ended all the same.
+trap '' PIPE HUP
 state=/var/lib/gpu-gateway
 previous=$state/previous
-conf=/etc/nginx/nginx.conf
-
-say() { printf '%s\n' "$*" >&2; }
-
-candidate_of() { printf '%s/.%s.candidate' "${1%/*}" "${1##*/}"; }
 
 # Where a configuration serves clients; nothing before the first deploy.
 probe_of() {
@@ -35,9 +39,9 @@ accepting() {
         cut -d ' ' -f 1 | sort
 }
 
-# A reload that nginx refuses (a port that is taken, say) leaves the old processes alone and is
-# told to the error log only. It has taken over when none that accepts was there before: an old
-# one, asked a moment too early, would answer for the new configuration.
+# A reload that nginx refuses leaves the old processes alone and is told to the error log only. It has
+# taken over when none that accepts was there before: an old one, asked a moment too early, would
+# answer for the new configuration.
 took_over() {
     local before=$1 now
     for _ in $(seq 100); do
@@ -136,58 +140,143 @@ reload_or_start() {
     fi
 }
 
-swapped=  # set when files were
+# Fills `declared` and `changed`; nobody else touches an incoming file, who has no lock.
+take_candidates() {
+    local sum file found
+    while (($#)); do
+        sum=$1 file=$2
+        shift 2
+        declared+=("$file") found=$file
+        rm -f "$(beside "$file" incoming)" "$(beside "$file" outgoing)"  # of a run that was cut
+        if [[ -e $(beside "$file" candidate) ]]; then
+            found=$(beside "$file" incoming)
+            mv -fT "$(beside "$file" candidate)" "$found" || return 1
+            changed+=("$file")
+        fi
+        if [[ $(sha256sum 2>/dev/null <"$found") != "$sum "* ]]; then
+            say "$file is not what this deploy sent: the disk is full, or another deploy is at work" \
+                "on this host; nothing was touched, run again"
+            return 1
+        fi
+    done
+}
 
-swap_in() {
-    local any=
-    for file; do [[ ! -e $(candidate_of "$file") ]] || any=yes; done
-    [[ -n $any ]] || return 0  # what the last change replaced stays what a rollback goes back to
+# The same from what the last change replaced; what it added goes.
+take_previous() {
+    local file
+    [[ -e $previous/changed || -e $previous/added ]] ||
+        { say "there is no previous configuration on this host"; return 1; }
+    mapfile -t changed < <(cat "$previous/changed" 2>/dev/null)
+    mapfile -t pruned < <(cat "$previous/added" 2>/dev/null)
+    mapfile -t declared < <(cat "$previous/managed" 2>/dev/null)
+    for file in "${changed[@]}"; do
+        cp -p "$previous$file" "$(beside "$file" incoming)" || return 1
+    done
+    found=$conf
+    [[ ! -e $(beside "$conf" incoming) ]] || found=$(beside "$conf" incoming)
+    probe=$(probe_of "$found")
+}
+
+# Files that are managed no longer. Fills `pruned`.
+find_pruned() {
+    local file
+    while IFS= read -r file; do
+        [[ ! -e $file || " ${declared[*]} " == *" $file "* ]] || pruned+=("$file")
+    done < <(cat "$state/managed" 2>/dev/null)
+}
+
+# Everything that would need space on a disk, before anything is touched.
+prepare_the_way_back() {
+    local file
     rm -rf "$previous.partial"
     mkdir -p "$previous.partial" || return 1
-    for file; do
-        [[ -e $(candidate_of "$file") ]] || continue
-        printf '%s\n' "$file" >>"$previous.partial/changed"
-        [[ -e $file ]] || continue
-        mkdir -p "$previous.partial${file%/*}" && cp -p "$file" "$previous.partial$file" || return 1
+    for file in "${changed[@]}" "${pruned[@]}"; do
+        if [[ ! -e $file ]]; then
+            printf '%s\n' "$file" >>"$previous.partial/added" || return 1
+            continue
+        fi
+        printf '%s\n' "$file" >>"$previous.partial/changed" &&
+            mkdir -p "$previous.partial${file%/*}" && cp -p "$file" "$previous.partial$file" &&
+            ln -fT "$file" "$(beside "$file" outgoing)" || return 1
     done
-    rm -rf "$previous"
-    mv -T "$previous.partial" "$previous" || return 1
-    swapped=yes
-    for file; do
-        [[ ! -e $(candidate_of "$file") ]] || mv -fT "$(candidate_of "$file")" "$file" || return 1
+    [[ ! -e $state/managed ]] || cp "$state/managed" "$previous.partial/managed" || return 1
+    printf '%s\n' "$digest" >"$state/applied.candidate" &&
+        printf '%s\n' "${declared[@]}" >"$state/managed.candidate"
+}
+
+swap_in() {
+    local file
+    for file in "${pruned[@]}"; do
+        rm -f "$file" || return 1
     done
+    for file in "${changed[@]}"; do
+        [[ $file == "$conf" ]] || mv -fT "$(beside "$file" incoming)" "$file" || return 1
+    done
+    [[ ! -e $(beside "$conf" incoming) ]] || mv -fT "$(beside "$conf" incoming)" "$conf"
 }
 
 put_back() {
+    local file
     # Whatever nginx took over in between: the next run is to look again.
     rm -f "$state/applied"
-    [[ -z $swapped ]] || while IFS= read -r file; do
-        if [[ -e $previous$file ]]; then
-            cp -p "$previous$file" "$(candidate_of "$file")" && mv -fT "$(candidate_of "$file")" "$file"
+    for file in "${changed[@]}" "${pruned[@]}"; do
+        if [[ -e $(beside "$file" outgoing) ]]; then
+            mv -fT "$(beside "$file" outgoing)" "$file"
         else
             rm -f "$file"
         fi
-    done <"$previous/changed"
-    if [[ -n $old_master ]]; then take_back; else reload_or_start; fi
-}
-
-# Candidates from what the last change replaced; a file that it added stays.
-stage_previous() {
-    [[ -s $previous/changed ]] || { say "there is no previous configuration on this host"; return 1; }
-    mapfile -t files <"$previous/changed"
-    for file in "${files[@]}"; do
-        [[ ! -e $previous$file ]] || cp -p "$previous$file" "$(candidate_of "$file")" || return 1
     done
-    checked=$conf
-    [[ ! -e $(candidate_of "$conf") ]] || checked=$(candidate_of "$conf")
-    probe=$(probe_of "$checked") digest="rolled back"
-    nginx -t -q -c "$checked"
 }
 
+# What was refused lies beside the live file for a look, where there was space for it.
+leave() {
+    local file
+    for file in "${changed[@]}"; do
+        [[ ! -e $(beside "$file" incoming) ]] ||
+            mv -fT "$(beside "$file" incoming)" "$(beside "$file" candidate)"
+    done
+    tidy
+    exit 1
+}
+
+tidy() {
+    local file
+    for file in "${changed[@]}" "${pruned[@]}"; do
+        rm -f "$(beside "$file" outgoing)"
+    done
+    rm -rf "$previous.partial" "$state/applied.candidate" "$state/managed.candidate"
+}
+
+conclude() {
+    finish_change
+    if ((${#changed[@]} + ${#pruned[@]})); then
+        rm -rf "$previous"
+        mv -T "$previous.partial" "$previous"
+    fi
+    mv -fT "$state/managed.candidate" "$state/managed"
+    mv -fT "$state/applied.candidate" "$state/applied"
+    tidy
+    ((${#pruned[@]} == 0)) || say "no longer declared, and removed: ${pruned[*]}"
+    exit 0
+}
+
+mkdir -p "$apart"
+exec 8>"$apart/lock"
+if ! flock --wait 60 8; then
+    say "another deploy has been changing this gateway for a minute; nothing was touched, run again" \
+        "when it has ended"
+    exit 1
+fi
+
+declared=() changed=() pruned=()
 if [[ $1 == --previous ]]; then
-    stage_previous || exit 1
+    digest="rolled back"
+    take_previous || leave
 else
-    probe=$1 digest=$2 files=("${@:3}")
+    probe=$1 digest=$2
+    shift 2
+    take_candidates "$@" || leave
+    find_pruned
 fi
 
 probe_before=$(probe_of "$conf")
@@ -196,23 +285,48 @@ if [[ -n $probe_before ]]; then
     silent_before=$(silent_of "$probe_before")
     [[ $silent_before == "$(places_of "$probe_before")" ]] || served_before=yes
 fi
-swap_in "${files[@]}" || { say "could not swap the files in; run again when that is mended"; exit 1; }
-if reload_or_start; then
-    # Where clients were not served before, this configuration is not to blame: the deploy's
-    # verification says what is.
-    if [[ $served_before == no ]] || clients_are_served "$probe"; then
-        finish_change
-        printf '%s\n' "$digest" >"$state/applied.candidate" && mv -f "$state/applied.candidate" "$state/applied"
-        exit 0
-    fi
-    say "port $(first_of "$lost") does not answer a WebSocket handshake; before this change port $(first_of "$(without "$(places_of "$probe_before")" "$silent_before")") did"
+if ! prepare_the_way_back; then
+    say "could not prepare the way back (no space in $state, or beside the files?);" \
+        "the live configuration is as it was"
+    leave
 fi
-if [[ $served_before == yes && -n $swapped$old_master ]]; then
+
+# Where clients were not served before, this configuration is not to blame: the deploy's verification
+# says what is.
+unserved() {
+    say "port $(first_of "$2") $1 a WebSocket handshake; before this change port" \
+        "$(first_of "$(without "$(places_of "$probe_before")" "$silent_before")") did"
+}
+lost=$(try_candidates "$probe" "${changed[@]}" "${pruned[@]}")
+case $? in
+    0) ;;
+    "$UNSERVED")
+        if [[ $served_before == yes ]]; then
+            unserved "would not answer" "${lost:-$(places_of "$probe")}"
+            say "tried beside the live configuration, which is as it was"
+            leave
+        fi
+        ;;
+    *) leave ;;
+esac
+
+if ! swap_in; then
     put_back
+    say "could not swap the files in; the live configuration is as it was"
+    leave
+fi
+if reload_or_start; then
+    [[ $served_before == no ]] || clients_are_served "$probe" && conclude
+    unserved "does not answer" "$lost"
+fi
+if [[ $served_before == yes && -n "${changed[*]}${pruned[*]}$old_master" ]]; then
+    put_back
+    if [[ -n $old_master ]]; then take_back; else reload_or_start; fi
     if clients_are_served "$probe_before"; then
         say "the previous configuration is back, and clients are served"
     else
         say "the previous configuration is back, but clients are still not served"
     fi
 fi
+tidy
 exit 1

@@ -13,6 +13,7 @@ from pyinfra.api import deploy
 
 from provision import (
     acme,
+    aftermath,
     certificates,
     facts,
     metrics,
@@ -65,9 +66,10 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
             name="Challenges can be answered",
             names=certificate_names(settings, fleet.addresses[host.name]),
         )
+    files = supporting_files(settings, fleet, cores)
     operations.run_nginx(
         name="nginx runs this configuration",
-        files=supporting_files(settings, fleet, cores),
+        files=files,
         main=partial(nginx_conf, settings, fleet, cores),
         probe=fleet.probe(settings),
     )
@@ -80,6 +82,12 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
             key=settings.certificate_key,
         )
     metrics.exporter(settings)
+    aftermath.tell(
+        name="Earlier configurations, and files of others",
+        ports=public_ports(settings),
+        managed=[managed.path for managed in files],
+        shutdown_timeout_s=settings.worker_shutdown_timeout_s,
+    )
 
 
 def install(settings: GatewaySettings) -> None:

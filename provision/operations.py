@@ -367,15 +367,18 @@ def run_nginx(
     """nginx enabled, running, and running *this* configuration; or what it ran before.
 
     + files: everything that belongs to it beside nginx.conf
-    + main: nginx.conf for the version that is installed, the one that `nginx -t` is asked about
+    + main: nginx.conf, for the version that is installed
     + probe: where clients are served, as files/handshake.sh reads it
 
-    All candidates are staged beside the live files and checked by this host's `nginx -t`; then
-    swapped in together, nginx reloaded, and a handshake tried (files/nginx-activate.sh). What
+    All candidates are staged beside the live files. One script does the rest, holding a lock, and
+    ends what it began even if the connection is lost (files/nginx-activate.sh): the candidates are
+    checked by this host's `nginx -t` and tried beside the live configuration
+    (files/nginx-trial.sh), swapped in together, nginx reloaded, and a handshake tried. What
     nginx last took over is noted as a digest, so a run that was cut is repaired by the next,
     and one that changes nothing reloads nothing: a reload costs old worker processes that live
     as long as their sockets. Where another nginx was installed than the one that runs, it takes
-    over with the configuration, and the listening sockets are handed on.
+    over with the configuration, and the listening sockets are handed on. Files that were among
+    `files` once and are not any more go.
     """
     nginx = host.get_fact(facts.Nginx)
     version = nginx_versions.parse(nginx.told)
@@ -403,10 +406,9 @@ def run_nginx(
     yield quoted("rm", "-f", "--", *(managed.candidate for managed in files))
     for managed in differing:
         yield from _stage(managed)
-    in_place = configuration not in differing
-    yield nginx_check(configuration.path if in_place else configuration.candidate)
     yield record.unit("nginx.service")
-    yield _nginx_activate(probe, digest, *(managed.path for managed in files))
+    declared = (word for managed in files for word in (managed.sha256, managed.path))
+    yield _nginx_activate(probe, digest, *declared)
 
 
 # Who a certificate made here says that it is from; no other is ever replaced.
@@ -493,7 +495,8 @@ def nginx_previous() -> Commands:
 
 
 def _nginx_activate(*arguments: str) -> StringCommand:
-    text = rendering.shell("handshake.sh") + rendering.shell("nginx-activate.sh")
+    parts = ("handshake.sh", "nginx-trial.sh", "nginx-activate.sh")
+    text = "".join(rendering.shell(part) for part in parts)
     return quoted("bash", "-c", text, "nginx-activate", *arguments)
 
 

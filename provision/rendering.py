@@ -32,6 +32,7 @@ STATIC_FILES = (
     "nginx.logrotate",
     "apt-install.sh",
     "handshake.sh",
+    "nginx-trial.sh",
     "nginx-activate.sh",
     "nginx_exporter.py",
     "record.sh",

@@ -1,0 +1,121 @@
+# try_candidates PROBE FILE…: the candidates of this host's nginx, checked and tried beside the live
+# one, which does not notice. FILE: what changes; its new content is .NAME.incoming beside it, and
+# where there is none, FILE goes. Status 0: nginx accepts it, and clients would be served; $REFUSED:
+# nginx -t does not accept it, or somebody else has its port; $UNSERVED: clients would not be served,
+# at the places that it prints.
+#
+# All of it happens in namespaces that end with it, whatever ends it. In its own mounts the changed
+# folders are copies in which the candidates are in place, under their real names, and logs and pid
+# file are its own: `nginx -t` from a shell leaves a pid file of the wrong SELinux type behind, with
+# which the next start fails (nginx/nginx#816). In its own network every port is free, so nginx opens
+# the very ports that are declared; then it is executed anew, as for a new binary (USR2), in the
+# host's network, and keeps those sockets: the handshake comes in by the private ports and goes out
+# to the workers on the way on which clients' will.
+# https://nginx.org/en/docs/control.html#upgrade
+#
+# Stands behind handshake.sh, whose functions it uses.
+REFUSED=3 UNSERVED=4
+apart=/run/gpu-gateway
+conf=/etc/nginx/nginx.conf
+
+say() { printf '%s\n' "$*" >&2; }
+
+# beside FILE candidate|incoming|outgoing: the name in the same folder. None of them ends in what
+# an include asks for.
+beside() { printf '%s/.%s.%s' "${1%/*}" "${1##*/}" "$2"; }
+
+try_candidates() {
+    mkdir -p "$apart"
+    foreign=$(ss -ltnpH | grep -v '(("nginx",' | awk '{ print $4, $NF }')
+    # Descriptor 9: the host's network. The lock (8) is not for what starts in there.
+    unshare --mount --propagation private --net --pid --kill-child -- \
+        bash -c "$(declare -f); $(declare -p REFUSED UNSERVED apart conf foreign silent_before)"'; _try "$@"' try "$@" \
+        9</proc/self/ns/net 8>&-
+}
+
+_try() {
+    local probe=$1
+    shift
+    if ! _furnish "$@"; then
+        say "the candidates cannot be tried on this host; the live configuration is as it was"
+        return "$REFUSED"
+    fi
+    if ! nginx -t -q; then
+        say "refused by nginx -t of this host; the live configuration is as it was"
+        return "$REFUSED"
+    fi
+    if ! _start_beside; then
+        tail -n 5 "$apart/log/error.log" >&2
+        return "$UNSERVED"
+    fi
+    _ports_are_free || return "$REFUSED"
+    _enter_the_hosts_network && clients_are_served "$probe" && return 0
+    printf '%s\n' "${lost-}"
+    grep -v '\[notice\]' "$apart/log/error.log" | tail -n 2 >&2
+    return "$UNSERVED"
+}
+
+# Copies of the folders, with the candidates in place. In memory: the disk may be full.
+_furnish() {
+    local folder file
+    mount -t tmpfs -o mode=700 gateway-trial "$apart" || return 1
+    for folder in $(printf '%s\n' "${conf%/*}" "${@%/*}" | sort -u); do
+        mkdir -p "$folder" "$apart/tree$folder" && cp -a "$folder/." "$apart/tree$folder" &&
+            mount --bind "$apart/tree$folder" "$folder" || return 1
+    done
+    for file; do
+        if [[ -e $(beside "$file" incoming) ]]; then
+            mv -fT "$(beside "$file" incoming)" "$file" || return 1
+        else
+            rm -f "$file"
+        fi
+    done
+    mkdir "$apart/log" && mount --bind "$apart/log" /var/log/nginx || return 1
+    sed -i -e "s|^pid .*|pid $apart/nginx.pid;|" -e 's|^worker_processes .*|worker_processes 1;|' "$conf"
+}
+
+_start_beside() {
+    local setting
+    ip link set lo up || return 1
+    for setting in /proc/sys/net/ipv{4,6}/ip_nonlocal_bind; do  # the host's addresses are not here
+        [[ ! -w $setting ]] || echo 1 >"$setting"
+    done
+    # What nginx executes on USR2 is what it was called by.
+    printf '#!/bin/sh\nexec nsenter --net=/proc/self/fd/9 -- "%s" "$@"\n' "$(type -P nginx)" \
+        >"$apart/nginx" && chmod 755 "$apart/nginx" && (exec -a "$apart/nginx" nginx)
+}
+
+# A reload that finds a port taken is refused in silence.
+_ports_are_free() {
+    local wanted other who
+    for wanted in $(ss -ltnH | awk '{ print $4 }'); do
+        while read -r other who; do
+            [[ ${other##*:} == "${wanted##*:}" ]] || continue
+            case "${other%:*} ${wanted%:*}" in
+                "${wanted%:*} ${wanted%:*}" | '0.0.0.0 '* | '* '* | '[::] '* | *' 0.0.0.0' | *' [::]')
+                    say "port ${wanted##*:} is taken on this host, by $(cut -d '"' -f 2 <<<"$who")" \
+                        "(bind() to $wanted would fail); the live configuration is as it was"
+                    return 1
+                    ;;
+            esac
+        done <<<"$foreign"
+    done
+}
+
+_enter_the_hosts_network() {
+    local pid=$apart/nginx.pid
+    kill -USR2 "$(<"$pid")" || return 1
+    for _ in $(seq 100); do
+        if [[ -s $pid && -s $pid.oldbin ]]; then
+            kill -TERM "$(<"$pid.oldbin")"
+            break
+        fi
+        sleep 0.05
+    done
+    for _ in $(seq 100); do
+        [[ -e $pid.oldbin ]] || { [[ -s $pid ]] && return 0; }
+        sleep 0.05
+    done
+    say "nginx could not be started beside the live one"
+    return 1
+}
