@@ -7,6 +7,8 @@
 #
 # Ends with 0 when the worker is ready; else with 1, having said why.
 set -u
+# The deploy may be gone, and with it whoever reads: what was begun is ended all the same.
+trap '' PIPE HUP
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -38,8 +40,36 @@ start_worker() {
     systemctl restart "$unit"
 }
 
+# What a deploy that was cut began here is waited for, whatever it comes to; it may be all there is to do.
+take_turn() {
+    exec 8>"/run/$unit.lock"
+    flock --nonblock 8 && return
+    if ! flock --wait 600 8; then
+        say "another deploy has been restarting $unit for ten minutes; nothing was touched, run again"
+        exit 1
+    fi
+    [[ ${1-} == "" ]] && runs_as_declared && exit 0
+}
+
+runs_as_declared() {
+    local pid declared
+    systemctl is-active --quiet "$unit" && socket_is_declared || return 1
+    declared=$(grep '^GPU_SERVICE_DEPLOYMENT=' "$settings") || return 1
+    pid=$(systemctl show "$unit" -p MainPID --value)
+    tr '\0' '\n' <"/proc/$pid/environ" | grep -qxF "$declared"
+}
+
+socket_is_declared() {
+    if grep -qx GPU_WORKER_SOCKET=systemd "$settings"; then
+        socket_is_current
+    else
+        ! systemctl is-active --quiet "$socket"
+    fi
+}
+
 if [[ $1 == --previous ]]; then
     unit=$2 settings=$3 socket=${2%.service}.socket
+    take_turn --previous
     [[ -f $settings.rollback ]] || { say "$unit has run nothing else before"; exit 1; }
     # The two change places, so that a second rollback goes forward again.
     mv -f "$settings" "$settings.previous" && mv -f "$settings.rollback" "$settings" || exit 1
@@ -56,6 +86,7 @@ if [[ $1 == --previous ]]; then
 fi
 
 unit=$1 settings=$2 socket=${1%.service}.socket
+take_turn
 if start_worker; then
     [[ ! -f $settings.previous ]] || mv -f "$settings.previous" "$settings.rollback"
     exit 0

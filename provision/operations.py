@@ -11,7 +11,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import io
+import math
 import posixpath
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +36,7 @@ from pyinfra.connectors.util import CommandOutput
 from provision import facts, nginx_versions, record, rendering
 from provision.facts import SelinuxMode, quoted, script
 from provision.nginx_versions import Version
+from provision.rolling import Rollout
 from provision.settings import unix_socket
 
 Commands = Generator[
@@ -56,7 +59,11 @@ Item = TypeVar("Item")
 
 
 def each(items: Iterable[Item]) -> Iterator[Item]:
-    """The items, for a loop with operations in it: pyinfra keeps them in order across hosts."""
+    """The items, for a loop with operations in it: pyinfra keeps them in order across hosts.
+
+    So do the hosts' turns: pyinfra keeps its hosts in a set, so that even `_serial` takes them in
+    an order that changes from run to run; in a loop over their names each has its turn.
+    """
     yield from host.loop(items)  # type: ignore[no-untyped-call]
 
 
@@ -539,27 +546,21 @@ def report() -> Commands:
     yield from ()
 
 
-class Rollout:
-    """What a rolling restart knows across hosts: after the first failure nobody else restarts.
-
-    pyinfra's `_serial` runs host after host but does not stop at a failure.
-    """
-
-    def __init__(self) -> None:
-        self.failed_on: str | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class WorkerUnit:
     """One worker: its unit, the settings file that switches it, and the digest in that file.
 
     `keeps_socket`: systemd holds the listening socket, so that connects wait during a restart.
+    `worker`: what it calls itself, HOST:PORT; `weight`: its share of the capacity of `service`.
     """
 
     name: str
     settings: ManagedFile
     deployment: str
     keeps_socket: bool
+    worker: str = ""
+    service: str = ""
+    weight: int = 1
 
     @property
     def socket(self) -> str:
@@ -571,33 +572,62 @@ class WorkerUnit:
         return as_declared and (socket.active == "active") == self.keeps_socket
 
 
+@dataclass(frozen=True, kw_only=True)
+class Roll:
+    """What a rolling restart has to keep to, and whom it asks.
+
+    `capacity`: service -> worker (HOST:PORT) -> weight; `gateways`: host name -> where its clients
+    are served, as files/worker-seen.sh reads it.
+    """
+
+    min_up: float = 0.0
+    capacity: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    gateways: Mapping[str, str] = field(default_factory=dict)
+    fail_timeout_s: int = 0
+
+
 @operation()
-def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
+def roll_workers(
+    workers: Iterable[WorkerUnit],
+    rollout: Rollout,
+    roll: Roll | None = None,
+    down_only: bool = False,
+) -> Commands:
     """Workers enabled and running what was declared: switched one after the other.
 
     + workers: in the order in which they are switched
-    + rollout: shared by all hosts of the run; use with `_serial=True`
+    + rollout: shared by all hosts of the run; host after host, in an order that does not change
+    + roll: how much stays up, and which gateways have to see a worker before the next one goes
+    + down_only: only those that do not run, which costs nobody anything: all hosts at once
 
     Each worker's settings file is swapped in just before its restart, so one whose turn has not
-    come would, crashing, come back as it was. `systemctl restart` returns when the worker is
+    come would, crashing, come back as it was. `systemctl restart` drains the worker, which takes no
+    connection any more from then on (nginx turns to another), and returns when it is
     ready (`Type=notify`). One that does not become ready gets its previous settings back, and
     no other is touched (files/worker-switch.sh). Compared is what the *running process* was
     started with, so nothing is restarted twice, and nothing is forgotten when a run is cut.
     """
     workers = list(workers)
+    roll = roll or Roll()
     units = tuple(unit for worker in workers for unit in (worker.name, worker.socket))
     found = host.get_fact(facts.UnitStates, units=units)
     files = host.get_fact(facts.FileStates, paths=tuple(worker.settings.path for worker in workers))
-    _show_diffs(
-        worker.settings
-        for worker in workers
-        if not worker.settings.matches(files.get(worker.settings.path))
-    )
+    if not down_only:
+        _show_diffs(
+            worker.settings
+            for worker in workers
+            if not worker.settings.matches(files.get(worker.settings.path))
+        )
     if any(unit.needs_daemon_reload for unit in found.values()):
         yield quoted("systemctl", "daemon-reload")
     for worker in workers:
         service = found.get(worker.name, facts.UnitState())
         socket = found.get(worker.socket, facts.UnitState())
+        up = service.active == "active"
+        if executing():
+            rollout.note(worker.worker, weight=worker.weight if up else 0)
+        if up and down_only:
+            continue
         in_place = worker.settings.matches(files.get(worker.settings.path))
         if not service.enabled:
             yield quoted("systemctl", "enable", "--quiet", worker.name)
@@ -606,18 +636,59 @@ def roll_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
             yield quoted("systemctl", verb, "--quiet", worker.socket)
         if worker.runs(service, socket) and in_place:
             continue
-        if executing() and rollout.failed_on:
-            yield fail(f"{worker.name} is as it was, because {rollout.failed_on} failed before it")
-            return
+        if executing() and not down_only:
+            reason = _reason_to_wait(worker, service, socket, rollout, roll)
+            if reason:
+                rollout.begin(f"{worker.name} on {host.name}")
+                yield fail(f"{worker.name} is as it was: {reason}")
+                return
         if not in_place:
             yield script('[ ! -f "$1" ] || cp -p "$1" "$1.previous"', worker.settings.path)
             yield from swap_in(worker.settings)
         if worker.runs(service, socket):
             continue  # only the file had drifted
-        # Stays set if the restart fails, since the generator is not resumed then.
-        rollout.failed_on = f"{worker.name} on {host.name}" if executing() else None
+        # Never ends if the restart fails, since the generator is not resumed then.
+        if executing():
+            rollout.begin(f"{worker.name} on {host.name}")
         yield _switch_worker(worker.name, worker.settings.path)
-        rollout.failed_on = None
+        if executing():
+            rollout.end(
+                f"{worker.name} on {host.name}",
+                worker=worker.worker,
+                weight=worker.weight,
+                now=time.monotonic(),
+            )
+
+
+def _reason_to_wait(
+    worker: WorkerUnit,
+    service: facts.UnitState,
+    socket: facts.UnitState,
+    rollout: Rollout,
+    roll: Roll,
+) -> str | None:
+    """Why a worker must not be restarted; returns when the gateways know of those before it."""
+    if rollout.failed_on:
+        return f"{rollout.failed_on} failed before it"
+    if worker.runs(service, socket):
+        return None  # it goes on
+    refused = rollout.refusal(
+        worker.worker, min_up=roll.min_up, capacity=roll.capacity.get(worker.service, {})
+    )
+    if refused is None and service.active == "active":
+        _until_seen(rollout, roll)
+    return refused
+
+
+def _until_seen(rollout: Rollout, roll: Roll) -> None:
+    """Wait until every gateway sends clients to the workers that were restarted before."""
+    for gateway in state.inventory.get_active_hosts():
+        place = roll.gateways.get(gateway.name)
+        waiting, seconds = rollout.unseen(fail_timeout_s=roll.fail_timeout_s, now=time.monotonic())
+        if place and waiting:
+            command = ("bash", "-c", rendering.shell("worker-seen.sh"), "worker-seen", place)
+            ask(quoted(*command, str(math.ceil(seconds)), *waiting), of=gateway)
+    rollout.all_seen()
 
 
 def _switch_worker(*arguments: str) -> StringCommand:
@@ -625,19 +696,28 @@ def _switch_worker(*arguments: str) -> StringCommand:
 
 
 @operation(is_idempotent=False)
-def previous_workers(units: Mapping[str, str], rollout: Rollout) -> Commands:
+def previous_workers(units: Mapping[str, str], rollout: Rollout, roll: Roll) -> Commands:
     """Each worker back to what it ran before its last change, one after the other.
 
     + units: unit -> path of its settings file
-    + rollout: as for `roll_workers`; use with `_serial=True`
+    + rollout, roll: as for `roll_workers`
     """
     for unit, settings in units.items():
-        if executing() and rollout.failed_on:
-            yield fail(f"{unit} is as it was, because {rollout.failed_on} failed before it")
-            return
-        rollout.failed_on = f"{unit} on {host.name}" if executing() else None
+        if executing():
+            if rollout.failed_on:
+                yield fail(f"{unit} is as it was: {rollout.failed_on} failed before it")
+                return
+            _until_seen(rollout, roll)
+            rollout.begin(f"{unit} on {host.name}")
         yield _switch_worker("--previous", unit, settings)
-        rollout.failed_on = None
+        if executing():
+            port = unit.partition("@")[2].removesuffix(".service")
+            rollout.end(
+                f"{unit} on {host.name}",
+                worker=f"{host.name}:{port}",
+                weight=1,
+                now=time.monotonic(),
+            )
 
 
 @operation()

@@ -39,6 +39,7 @@ STATIC_FILES = (
     "worker-switch.sh",
     "take-certificate.sh",
     "gateway-certificate.timer",
+    "worker-seen.sh",
 )
 
 

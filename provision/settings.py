@@ -712,6 +712,12 @@ class WorkerSettings(ServingSettings, PythonSettings, _Scraped):
         description="Options of `python -m gpu_service serve` by name, for example "
         '`{"max_batch": 128}`; see the service\'s own table.',
     )
+    min_up: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.5,
+        description="Share of the workers' capacity (their weights) that a rolling restart leaves "
+        "up. Workers restart one at a time in any case; with some of them down already, one that "
+        "would lower the rest below this share is not touched, and the run fails.",
+    )
     restart_timeout_s: Seconds = Field(
         default=120, description="How long a worker may take from its start until it is ready."
     )

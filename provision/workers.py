@@ -35,8 +35,9 @@ from pyinfra.api.exceptions import DeployError
 from provision import facts, models, operations, preflight, record, rendering, wheelhouse
 from provision.facts import Hardware, quoted, script
 from provision.models import Model
-from provision.operations import Commands, ManagedFile, Rollout, WorkerUnit
+from provision.operations import Commands, ManagedFile, Roll, WorkerUnit
 from provision.rendering import CHECKOUT
+from provision.rolling import Rollout
 from provision.settings import (
     SOCKETS,
     Assignment,
@@ -160,12 +161,21 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
         # A port that goes is in use until the gateways have moved on.
         closes=False,
     )
+    units = worker_units(settings, fleet, planned, templates)
     operations.roll_workers(
-        name="Workers run what was declared, one after the other",
-        workers=worker_units(settings, fleet, planned, templates),
+        name="Workers that were down run what was declared",
+        workers=units,
         rollout=_ROLLOUT,
-        _serial=True,
+        down_only=True,
     )
+    for turn in operations.each(list(fleet.workers)):
+        if turn == host.name:
+            operations.roll_workers(
+                name="Workers run what was declared, one after the other",
+                workers=units,
+                rollout=_ROLLOUT,
+                roll=roll(settings, fleet),
+            )
     # Of two versions of a model, each a service's, the first service's is the current one.
     for model in operations.each(list({m.name: m for m in reversed(planned.bundles)}.values())):
         operations.link(
@@ -178,11 +188,29 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
 @deploy("Worker rollback")
 def previous(settings: WorkerSettings, fleet: Fleet) -> None:
     """Back to what the workers of this host ran before their last change."""
-    operations.previous_workers(
-        name="Workers run what they ran before, one after the other",
-        units={unit(port): settings_path(port) for port in fleet.ports(settings)},
-        rollout=_ROLLOUT,
-        _serial=True,
+    for turn in operations.each(list(fleet.workers)):
+        if turn == host.name:
+            operations.previous_workers(
+                name="Workers run what they ran before, one after the other",
+                units={unit(port): settings_path(port) for port in fleet.ports(settings)},
+                rollout=_ROLLOUT,
+                roll=roll(settings, fleet),
+            )
+
+
+def roll(settings: WorkerSettings, fleet: Fleet) -> Roll:
+    """What the rolling restart of a host's workers keeps to."""
+    capacity: dict[str, dict[str, int]] = {}
+    for name, worker in fleet.workers.items():
+        for found in fleet.assignments(worker):
+            weight = 0 if found.settings.backup else found.settings.weight
+            of_host = {f"{name}:{port}": weight for port in found.settings.ports}
+            capacity.setdefault(found.service, {}).update(of_host)
+    return Roll(
+        min_up=settings.min_up,
+        capacity=capacity,
+        gateways={name: gateway.probed_port for name, gateway in fleet.gateways.items()},
+        fail_timeout_s=max(g.upstream_fail_timeout_s for g in fleet.gateways.values()),
     )
 
 
@@ -546,6 +574,9 @@ def _worker_unit(
         settings=ManagedFile(path=settings_path(port), content=content),
         deployment=deployment,
         keeps_socket=keeps_socket,
+        worker=f"{host.name}:{port}",
+        service=assignment.service,
+        weight=0 if settings.backup else settings.weight,
     )
 
 

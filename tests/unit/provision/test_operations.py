@@ -14,7 +14,8 @@ from pyinfra.api.operations import run_ops
 from pyinfra.api.state import StateStage
 
 from provision import nginx_versions, operations
-from provision.operations import ManagedFile, Rollout, WorkerUnit
+from provision.operations import ManagedFile, Roll, WorkerUnit
+from provision.rolling import Rollout
 
 Answers = dict[str, Any]
 # What every fact's script starts with; commands that ask are left out of what a test sees.
@@ -249,6 +250,7 @@ def worker_unit(port: int, *, keeps_socket: bool = False) -> WorkerUnit:
         settings=settings,
         deployment="d1",
         keeps_socket=keeps_socket,
+        worker=f"h:{port}",
     )
 
 
@@ -269,8 +271,10 @@ def is_switch(command: str, worker: WorkerUnit) -> bool:
     return command.endswith(f"worker-switch {worker.name} {worker.settings.path}")
 
 
-def roll(script: Answers, *workers: WorkerUnit) -> list[str]:
-    return run(operations.roll_workers, script, workers=workers, rollout=Rollout())
+def roll(script: Answers, *workers: WorkerUnit, down_only: bool = False) -> list[str]:
+    return run(
+        operations.roll_workers, script, workers=workers, rollout=Rollout(), down_only=down_only
+    )
 
 
 def test_workers_that_run_what_was_declared_are_not_restarted() -> None:
@@ -287,6 +291,37 @@ def test_only_what_runs_something_else_is_restarted() -> None:
 def test_a_worker_that_is_down_is_started_although_its_settings_are_right() -> None:
     commands = roll(answers(unit_answer(A.name, active="failed")), A)
     assert is_switch(commands[-1], A)
+
+
+def test_those_that_are_down_are_started_first_and_no_other_is_touched() -> None:
+    script = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, active="failed"))
+    (command,) = roll(script, A, B, down_only=True)
+    assert is_switch(command, B)
+
+
+def test_a_worker_stays_up_where_too_few_others_are() -> None:
+    """Two of three are not there, as a host that could not be reached."""
+    hosts = FakeHosts({"h": answers(unit_answer(A.name, deployment="d0"))})
+    roll_of_three = Roll(min_up=0.5, capacity={"": {"h:9005": 1, "i:9005": 1, "j:9005": 1}})
+    with pytest.raises(Exception, match="hosts"):
+        hosts.run(operations.roll_workers, workers=[A], rollout=Rollout(), roll=roll_of_three)
+    commands = next(iter(hosts.state.inventory)).connector.executed_commands
+    assert not any(is_switch(command, A) for command in commands)
+
+
+def test_the_next_one_goes_when_the_gateways_see_the_one_before() -> None:
+    stale = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, deployment="d0"))
+    hosts = FakeHosts({"h": stale})
+    seen_by = Roll(capacity={"": {"h:9005": 1, "h:9006": 1}}, gateways={"@fake/h": "8009"})
+    rollout = Rollout()
+    commands = hosts.run(operations.roll_workers, workers=[A, B], rollout=rollout, roll=seen_by)[
+        "h"
+    ]
+    order = [c for c in commands if "worker-switch" in c or "worker-seen" in c]
+    assert is_switch(order[0], A)
+    assert order[1].endswith(" worker-seen 8009 2 h:9005")
+    assert is_switch(order[2], B)
+    assert len(order) == 3
 
 
 def test_each_worker_gets_its_settings_just_before_its_own_restart() -> None:

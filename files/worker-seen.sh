@@ -1,0 +1,27 @@
+# Waits until this gateway sends clients to each of the workers again, and at most SECONDS: then nginx
+# tries them by itself. Runs on the gateway.
+#
+#   worker-seen PLACE SECONDS WORKER…     PLACE: `PORT` or `tls:PORT`; WORKER: as it calls itself
+#
+# Each look is a request that nginx gives to a worker as it gives a client's; least_conn gives it to
+# the one that has just come back. Where requests do not get through (a token, a client's certificate),
+# it waits.
+place=$1 until=$((SECONDS + $2))
+shift 2
+
+look() {
+    if [[ $place == tls:* ]]; then
+        curl --silent --insecure --http1.1 --max-time 2 "https://127.0.0.1:${place#tls:}/v2"
+    else
+        curl --silent --max-time 2 "http://127.0.0.1:$place/v2"
+    fi
+}
+
+missing=" $* "
+while [[ -n ${missing// /} && $SECONDS -lt $until ]]; do
+    answer=$(look)
+    for worker in $missing; do
+        [[ $answer != *"\"worker\":\"$worker\""* ]] || missing=${missing/" $worker "/ }
+    done
+    sleep 0.1
+done
