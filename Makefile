@@ -13,7 +13,7 @@ export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup deploy drift down model wheelhouse test test-unit bench fuzz bench-peers lint docs lock clean
+.PHONY: help setup deploy drift down model wheelhouse test test-unit bench bench-deploy fuzz bench-peers lint docs lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,9 @@ test-unit: $(READY) ## what needs neither root nor hosts
 bench: $(READY) ## the service's speed and memory (gcc; docs/benchmarks.md, bench/results/)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt
 	@$(BIN)/python -m bench
+
+bench-deploy: can-host $(READY) ## deploys: against Ansible, under traffic, killed (root; lab hosts; an hour)
+	@$(BIN)/python -m bench ansible changes rolling interrupts
 
 bench-peers: $(READY) ## the service against mosec and pytriton, each in .bench/ (2.5 GB)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt

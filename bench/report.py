@@ -1,6 +1,6 @@
 """What was measured, for people: `python -m bench.report` writes docs/benchmarks.md and a plot.
 
-Reads bench/results/serving.json alone, and measures nothing.
+Reads bench/results/serving.json and deploy.json, and measures nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _PLOT = RESULTS / "serving.svg"
 _INTRODUCTION = """\
 # Benchmarks
 
-Generated from `bench/results/serving.json` by `python -m bench.report`, which `make bench` and
-`make bench-peers` end with. What is compared by speed runs in turns, one after the other on the
-same machine, and its rows are medians of all turns or ratios of those; the rows of memory are
+Generated from `bench/results/` by `python -m bench.report`, which `make bench`, `make bench-peers`
+and `make bench-deploy` end with. What is compared by speed runs in turns, one after the other on
+the same machine, and its rows are medians of all turns or ratios of those; the rows of memory are
 single measurements. Ratios carry over to other machines better than absolute numbers do.
 
 ![Requests a second of the example model](../bench/results/serving.svg)
@@ -67,6 +67,40 @@ _PROGRAMS = (
         "Memory over time",
         "One worker process; its resident memory after a warm-up, and after as many requests and "
         "connects as the rows say. Every second client leaves without a closing handshake.",
+    ),
+    (
+        "deploy",
+        "A deploy that has nothing to do",
+        "Two hosts of the lab; all that the operator waits for: Python's start, SSH, every fact, "
+        "a real prediction per worker and a handshake.",
+    ),
+    (
+        "ansible",
+        "Beside Ansible",
+        "The same as a playbook (bench/ansible/playbook.yml: ansible-core 2.19, pipelining, forks "
+        "20), on the same hosts; runs that have nothing to do in turns. After a first deploy by "
+        "either, what they rendered is the same byte by byte.",
+    ),
+    (
+        "changes",
+        "A gateway that is changed",
+        "Sockets that ask every two seconds, and connectors that do nothing but handshakes, while "
+        "the gateway is deployed 20 times; every second change is broken, each in another way: a "
+        "template that does not render, what nginx alone refuses, a key of another certificate, "
+        "everybody denied, no way to the workers, a taken port, a file of somebody else, a full "
+        "disk in two places, a lost connection. Each configuration marks its answers.",
+    ),
+    (
+        "rolling",
+        "A rolling restart",
+        "Two hosts with two workers each, the project's clients, one gateway; a setting of the "
+        "service changes, so all four restart. The capacity is what the workers' metrics say.",
+    ),
+    (
+        "interrupts",
+        "Deploys that are killed",
+        "SIGKILL at seeded random moments of a deploy that changes the gateway and restarts both "
+        "workers of a host; the next run has to leave exactly what is declared.",
     ),
 )
 
@@ -151,7 +185,7 @@ def _unit(row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    rows = read("serving")
+    rows = [*read("serving"), *read("deploy")]
     _TABLE.write_text(markdown(rows))
     _PLOT.write_text(svg(rows))
     print(f"written: {_TABLE.relative_to(CHECKOUT)}, {_PLOT.relative_to(CHECKOUT)}")

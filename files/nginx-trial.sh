@@ -85,19 +85,25 @@ _start_beside() {
         >"$apart/nginx" && chmod 755 "$apart/nginx" && (exec -a "$apart/nginx" nginx)
 }
 
+# Whether two listening addresses exclude each other on one port; `*` is both families.
+_overlap() {
+    [[ $1 != "$2" && $1 != '*' && $2 != '*' ]] || return 0
+    case "$1 $2" in
+        '0.0.0.0 ['* | '['*' 0.0.0.0') return 1 ;;
+        '0.0.0.0 '* | *' 0.0.0.0' | '[::] ['* | '['*' [::]') return 0 ;;
+    esac
+    return 1
+}
+
 # A reload that finds a port taken is refused in silence.
 _ports_are_free() {
     local wanted other who
     for wanted in $(ss -ltnH | awk '{ print $4 }'); do
         while read -r other who; do
-            [[ ${other##*:} == "${wanted##*:}" ]] || continue
-            case "${other%:*} ${wanted%:*}" in
-                "${wanted%:*} ${wanted%:*}" | '0.0.0.0 '* | '* '* | '[::] '* | *' 0.0.0.0' | *' [::]')
-                    say "port ${wanted##*:} is taken on this host, by $(cut -d '"' -f 2 <<<"$who")" \
-                        "(bind() to $wanted would fail); the live configuration is as it was"
-                    return 1
-                    ;;
-            esac
+            [[ ${other##*:} == "${wanted##*:}" ]] && _overlap "${other%:*}" "${wanted%:*}" || continue
+            say "port ${wanted##*:} is taken on this host, by $(cut -d '"' -f 2 <<<"$who")" \
+                "(bind() to $wanted would fail); the live configuration is as it was"
+            return 1
         done <<<"$foreign"
     done
 }

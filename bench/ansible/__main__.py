@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import shlex
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from bench.fleet import Hosts
 from bench.harness import CACHE, CHECKOUT
 from bench.results import Row, write
 from gpu_service import bundle
+from provision import wheelhouse
 
 _HERE = Path(__file__).parent
 _ROOT = CACHE / "ansible"
@@ -137,7 +139,9 @@ class Playbook:
         text = (self._folder / worker / self._settings[0].lstrip("/")).read_text()
         said = dict(line.split("=", 1) for line in text.splitlines())
         release = Path(said["PYTHONPATH"])
-        (lock,) = CHECKOUT.glob(".wheelhouse/cpu-*/requirements.lock")
+        source = wheelhouse.find(
+            wheelhouse.Target(build="cpu", python="3.11", machine=platform.machine(), packages=())
+        )
         return {
             "files_dir": str(self._folder),
             "gateway_files": _GATEWAY_FILES,
@@ -147,7 +151,7 @@ class Playbook:
             "worker_ports": _PORTS,
             "python": "/usr/bin/python3.11",
             "python_package": "python3.11",
-            "wheels_dir": str(lock.parent),
+            "wheels_dir": str(source.wheels[0].parent),
             "environment_dir": str(Path(said["GPU_WORKER_PYTHON"]).parents[1]),
             "release_dir": str(release),
             "release_archive": str(self._archive(release.name)),
