@@ -105,7 +105,7 @@ GOOD = (
     Change(name="another log", data={"access_log_format": "json"}),
     Change(name="a counters' port", data={"status_port": 8008}),
     Change(name="another balance", data={"upstream_balance": "round_robin"}),
-    Change(name="a bound on clients", data={"client_max_connections": 100_000}),
+    Change(name="a bound on clients", data={"client_max_connections": 60_000}),
     Change(name="origins", data={"allowed_origins": ["https://app.example.com"]}),
     Change(name="more connections", data={"worker_connections": 4096}),
     Change(name="another name", data={"server_name": "localhost gateway.example.com"}),

@@ -77,7 +77,7 @@ class ServiceSettings(Record):
     allowed_origins: tuple[Origin, ...] | None = Field(
         default=None, description="As the setting of the gateways. Empty: all."
     )
-    client_max_connections: Annotated[int, Field(strict=True, ge=0, le=1_000_000)] | None = Field(
+    client_max_connections: Annotated[int, Field(strict=True, ge=0, le=65_535)] | None = Field(
         default=None,
         description="As the setting of the gateways, counted for this service alone. 0: no bound.",
     )

@@ -295,7 +295,7 @@ class GatewaySettings(ServingSettings, _Scraped):
         "names below example.com. Others get 403. Programs send no Origin and are not asked. "
         "Empty: all.",
     )
-    client_max_connections: Annotated[int, Field(strict=True, ge=1, le=1_000_000)] | None = Field(
+    client_max_connections: Annotated[int, Field(strict=True, ge=1, le=65_535)] | None = Field(
         default=None,
         description="WebSockets that one client address may have open; more get 429. None: no "
         "bound.",
