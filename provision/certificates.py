@@ -57,13 +57,18 @@ def file_problems(settings: GatewaySettings, found: CertificateState) -> list[st
         return [f"{key} is not the key of {certificate}, or missing; put the right one there"]
     if not found.lasts:
         return [f"{certificate} ended on {found.ends}, so no client would accept it; renew it"]
-    if settings.tls_stapling is True:
+    if decided(settings, found).tls_stapling:
         return _stapling_problems(settings, found)
     return []
 
 
 def _stapling_problems(settings: GatewaySettings, found: CertificateState) -> list[str]:
     """What nginx would only warn of, and then not staple."""
+    if found.unresolved:
+        return [
+            f"{settings.tls_certificate} names the OCSP responder {found.unresolved}, whose "
+            "address this host does not find; mend its name service, or set tls_stapling = False"
+        ]
     if not found.ocsp:
         return [
             f"tls_stapling is True, and {settings.tls_certificate} names no OCSP responder; "

@@ -647,6 +647,7 @@ class CertificateState(_Answer):
     names: frozenset[str] = frozenset()  # DNS:… and IP:…
     ends: str = ""  # as openssl prints it: Feb 26 14:03:21 2027 GMT
     ocsp: bool = False  # it names a responder
+    unresolved: str = ""  # the responder's host, where this one does not find its address
     chain: int = 0  # certificates in its file
 
 
@@ -662,7 +663,10 @@ class Certificate(FactBase[CertificateState]):
             '[ -n "$of" ] && [ "$of" = "$(openssl pkey -in "$2" -pubout 2>/dev/null)" ] && '
             "echo matches; "
             'openssl x509 -in "$1" -noout -checkend "$3" >/dev/null 2>&1 && echo lasts; '
-            'openssl x509 -in "$1" -noout -ocsp_uri 2>/dev/null | grep -q . && echo ocsp; '
+            'responder=$(openssl x509 -in "$1" -noout -ocsp_uri 2>/dev/null | head -n 1 | '
+            "sed -E 's,^https?://([^/:]+).*,\\1,'); "
+            '[ -z "$responder" ] || { echo ocsp; getent ahosts "$responder" >/dev/null || '
+            'echo "unresolved=$responder"; }; '
             'echo "chain=$(grep -c "BEGIN CERTIFICATE" "$1" 2>/dev/null)"; '
             'openssl x509 -in "$1" -noout -enddate -issuer -ext subjectAltName 2>/dev/null; true',
             certificate,
@@ -693,5 +697,6 @@ class Certificate(FactBase[CertificateState]):
             names=frozenset(names),
             ends=told.get("notAfter", ""),
             ocsp="ocsp" in output,
+            unresolved=told.get("unresolved", ""),
             chain=int(told.get("chain") or 0),
         )

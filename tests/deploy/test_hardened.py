@@ -262,6 +262,17 @@ def test_clients_show_a_certificate_and_somebody_else_decides(deployment: Deploy
     url = "https://localhost:8443/v2"
     assert curl(deployment, url).startswith("HTTP/1.1 400 ")
     assert curl(deployment, *mine, url).startswith("HTTP/1.1 200 ")
+    # A worker knows the client by its certificate, whatever the client says of itself.
+    forged = ("-H", "X-Client-Name: CN=forged", "--max-time", "2")
+    opened = curl(deployment, *mine, *UPGRADE, *KEY, *forged, "https://localhost:8443/")
+    assert opened.startswith("HTTP/1.1 101 ")
+    told = """journalctl -u 'gpu-worker@*' -o cat -n 200 | grep -o '"client":"CN=[^"]*"'"""
+    clients = deployment.on(
+        "gpu1",
+        *("bash", "-c"),
+        f"for _ in $(seq 100); do {told} && break; sleep 0.1; done | sort -u",
+    )
+    assert clients.split() == ['"client":"CN=me"']
     denied = deploy(deployment, auth_request="http://127.0.0.1:8008/nothing", **asking)
     assert denied.returncode == 0, denied.output
     # What is neither 2xx nor 401 or 403 is an error of whoever was asked.

@@ -75,6 +75,13 @@ def test_stapling_that_nginx_would_leave_out_is_refused() -> None:
     assert "names no OCSP responder" in certificates.file_problems(asked, silent)[0]
     assert "holds no certificate of its issuer" in certificates.file_problems(asked, alone)[0]
     assert certificates.decided(asked, GOOD).tls_stapling is True
+    lost = dataclasses.replace(GOOD, unresolved="ocsp.example.com")
+    for stapling in (True, "auto"):
+        (problem,) = certificates.file_problems(settings(tls_stapling=stapling), lost)
+        assert (
+            "the OCSP responder ocsp.example.com, whose address this host does not find" in problem
+        )
+    assert certificates.file_problems(settings(tls_stapling=False), lost) == []
 
 
 @pytest.mark.parametrize(

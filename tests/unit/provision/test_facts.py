@@ -90,7 +90,7 @@ def test_a_socket_alone_is_a_worker_too_and_counts_once() -> None:
 def test_a_certificate_says_until_when_for_whom_and_who_answers_for_it() -> None:
     found = facts.Certificate().process(
         [
-            *("exists", "matches", "lasts", "ocsp", "chain=2"),
+            *("exists", "matches", "lasts", "ocsp", "unresolved=ocsp.example.com", "chain=2"),
             "notAfter=Feb 26 14:03:21 2027 GMT",
             "issuer=C = US, O = Let's Encrypt, CN = E7",
             "X509v3 Subject Alternative Name: ",
@@ -98,7 +98,7 @@ def test_a_certificate_says_until_when_for_whom_and_who_answers_for_it() -> None
         ]
     )
     assert (found.exists, found.matches, found.lasts, found.ocsp) == (True, True, True, True)
-    assert found.chain == 2
+    assert (found.chain, found.unresolved) == (2, "ocsp.example.com")
     assert found.ends == "Feb 26 14:03:21 2027 GMT"
     assert found.issuer == "C = US, O = Let's Encrypt, CN = E7"
     assert found.names == {"DNS:gw.example.com", "IP:10.0.0.11"}
