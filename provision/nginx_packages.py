@@ -16,7 +16,7 @@ from pyinfra import host
 from pyinfra.api import operation
 
 from provision import facts, nginx_versions, record, rendering
-from provision.facts import quoted
+from provision.facts import quoted, script
 from provision.nginx_versions import Feature
 from provision.operations import Commands, ManagedFile, ask, fail, swap_in
 from provision.preflight import RefusedError
@@ -38,7 +38,9 @@ FILES = (DNF_REPOSITORY, DNF_KEY, APT_REPOSITORY, APT_KEY)
 # A server on port 80 with nginx's welcome page, which nginx.org's packages bring and the deploy's
 # nginx.conf would include.
 WELCOME = "/etc/nginx/conf.d/default.conf"
-_NO_WELCOME = b"# Emptied by the gateway's deploy: the package has a server on port 80 here.\n"
+_NO_WELCOME = "# Emptied by the gateway's deploy: the package has a server on port 80 here."
+# dnf keeps it aside, apt where it is, when the package goes.
+_WELCOME_GOES = 'text=$1; shift; for f; do ! grep -qsxF "$text" "$f" || rm -f "$f"; done'
 
 # Where dnf keeps which stream is enabled.
 MODULE = "/etc/dnf/modules.d/nginx.module"
@@ -158,9 +160,10 @@ def nginx_installed(declared: Wanted) -> Commands:
         by = _by_dnf if found.manager == "dnf" else _by_apt
         yield from record.installing([declared.package], by(declared, found))
         if declared.source == "nginx.org" and WELCOME not in found.files:
-            yield from swap_in(ManagedFile(path=WELCOME, content=_NO_WELCOME))
+            yield from swap_in(ManagedFile(path=WELCOME, content=f"{_NO_WELCOME}\n".encode()))
     if declared.source != "nginx.org" and _repository_of(found):
         yield quoted("rm", "-f", "--", *_repository_of(found))
+        yield script(_WELCOME_GOES, _NO_WELCOME, WELCOME, f"{WELCOME}.rpmsave")
 
 
 def _repository(declared: Wanted, found: facts.PackageState) -> Commands:

@@ -37,6 +37,11 @@ _ALL_AT_ONCE = {
     "auth_request": "http://127.0.0.1:9090/check",
     "access_log_format": "json",
 }
+SERVICES = {
+    "digits": {"model": "models/digits"},
+    "words": {"model": "models/words", "path": "/words", "worker_ports": [9105]},
+    "named": {"model": "models/digits", "server_names": ["a.example"], "worker_ports": [9205]},
+}
 
 
 @pytest.mark.parametrize("series", nginx_builds.SOURCES)
@@ -48,8 +53,12 @@ def test_a_real_nginx_of_each_series_takes_what_is_rendered_for_it(series: str) 
     version = nginx_versions.parse(build.version)
     assert version is not None and version.is_in(series)
     sticky = {"upstream_sticky": "worker"} if version >= Version(1, 29, 6) else {}
-    for settings in ({}, _ALL_AT_ONCE, {**_CERTIFICATE, **sticky}):
-        found = fleet(gateway(**settings), worker())
+    several = {**_CERTIFICATE, **sticky, "http2": True}
+    for found in (
+        fleet(gateway(), worker()),
+        fleet(gateway(**_ALL_AT_ONCE), worker()),
+        fleet(gateway(**several, services=SERVICES), worker(services=SERVICES)),
+    ):
         text = rendering.nginx_conf(found.gateways["gw1"], found, version=version)
         said = build.check(text)
         assert said.returncode == 0, said.stderr
@@ -263,8 +272,10 @@ def test_nginx_orgs_packages_are_installed_where_they_are_signed_by_the_key(
     back = deployment.run(nginx_version=quoted("1.22"))
     assert back.returncode == 0, back.output
     assert running_version(deployment) == "1.22.1"
-    found = deployment.on("gw1", "ls", "/etc/yum.repos.d", "/etc/pki/rpm-gpg")
+    folders = ("/etc/yum.repos.d", "/etc/pki/rpm-gpg", "/etc/nginx/conf.d")
+    found = deployment.on("gw1", "ls", *folders)
     assert "gateway-nginx" not in found
+    assert "default.conf" not in found
 
 
 def test_a_version_that_nobody_has_is_refused_and_says_what_there_is(

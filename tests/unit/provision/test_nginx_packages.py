@@ -184,6 +184,7 @@ def test_back_to_the_distribution_the_repository_goes_after_its_package() -> Non
     done = commands(
         has(ORG, file=nginx_packages.DNF_REPOSITORY), ["1:1.20.1-22.el9"], nginx_version="1.20"
     )
+    assert done.pop().endswith(f"{nginx_packages.WELCOME} {nginx_packages.WELCOME}.rpmsave")
     assert done == [
         f"dnf -q --refresh --disablerepo={REPOSITORY} makecache",
         "dnf -y -q install --allowerasing nginx-1:1.20.1-22.el9",
