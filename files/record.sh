@@ -75,7 +75,8 @@ packages() {
 
 names() {
     case $1 in
-        package) packages | cut -f 1 | LC_ALL=C sort -u ;;
+        # Keys that dnf imported are no packages that it would remove.
+        package) packages | cut -f 1 | grep -vx gpg-pubkey | LC_ALL=C sort -u ;;
         user) cut -d : -f 1 /etc/passwd | LC_ALL=C sort ;;
         group) cut -d : -f 1 /etc/group | LC_ALL=C sort ;;
     esac

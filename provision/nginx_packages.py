@@ -32,7 +32,7 @@ APT_REPOSITORY = f"/etc/apt/sources.list.d/{REPOSITORY}.sources"
 APT_KEY = f"/usr/share/keyrings/{REPOSITORY}.asc"
 
 # What this module leaves on hosts, beside the package: only while nginx_source is "nginx.org". dnf
-# imports the keys into rpm's database, too, where they stay (rpm -q gpg-pubkey).
+# imports the keys into rpm's database, too (rpm -q gpg-pubkey); `keys_go` takes them out.
 FILES = (DNF_REPOSITORY, DNF_KEY, APT_REPOSITORY, APT_KEY)
 
 # A server on port 80 with nginx's welcome page, which nginx.org's packages bring and the deploy's
@@ -41,6 +41,17 @@ WELCOME = "/etc/nginx/conf.d/default.conf"
 _NO_WELCOME = "# Emptied by the gateway's deploy: the package has a server on port 80 here."
 # dnf keeps it aside, apt where it is, when the package goes.
 _WELCOME_GOES = 'text=$1; shift; for f; do ! grep -qsxF "$text" "$f" || rm -f "$f"; done'
+
+# KEYFILE: its keys, by the last eight digits of their ids, as rpm has them.
+_KEYS_GO = """
+command -v gpg >/dev/null || exit 0
+home=$(mktemp -d) && trap 'rm -rf "$home"' EXIT
+gpg --homedir "$home" --show-keys --with-colons "$1" 2>/dev/null |
+    awk -F : '$1 == "pub" { print "gpg-pubkey-" tolower(substr($5, 9)) }' |
+    while read -r key; do
+        ! rpm -q "$key" >/dev/null 2>&1 || rpm -e --allmatches "$key" || exit 1
+    done
+"""
 
 # Where dnf keeps which stream is enabled.
 MODULE = "/etc/dnf/modules.d/nginx.module"
@@ -162,8 +173,21 @@ def nginx_installed(declared: Wanted) -> Commands:
         if declared.source == "nginx.org" and WELCOME not in found.files:
             yield from swap_in(ManagedFile(path=WELCOME, content=f"{_NO_WELCOME}\n".encode()))
     if declared.source != "nginx.org" and _repository_of(found):
+        yield from _keys_of(found)
         yield quoted("rm", "-f", "--", *_repository_of(found))
         yield script(_WELCOME_GOES, _NO_WELCOME, WELCOME, f"{WELCOME}.rpmsave")
+
+
+@operation()
+def keys_go() -> Commands:
+    """Keys that dnf imported for this deploy's repository are gone; for `uninstall.py`, before the
+    files are."""
+    yield from _keys_of(host.get_fact(facts.Packages, names=("gpg-pubkey",), files=FILES))
+
+
+def _keys_of(found: facts.PackageState) -> Commands:
+    if DNF_KEY in found.files:
+        yield script(_KEYS_GO, DNF_KEY)
 
 
 def _repository(declared: Wanted, found: facts.PackageState) -> Commands:
@@ -172,8 +196,11 @@ def _repository(declared: Wanted, found: facts.PackageState) -> Commands:
     files = repository_files(declared, found)
     states = host.get_fact(facts.FileStates, paths=tuple(managed.path for managed in files))
     for managed in files:
-        if not managed.matches(states.get(managed.path)):
-            yield from swap_in(managed)
+        if managed.matches(states.get(managed.path)):
+            continue
+        if managed.path == DNF_KEY:
+            yield from _keys_of(found)
+        yield from swap_in(managed)
 
 
 def repository_files(declared: Wanted, found: facts.PackageState) -> list[ManagedFile]:

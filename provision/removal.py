@@ -16,7 +16,7 @@ from pyinfra import host
 from pyinfra.api import FactBase, StringCommand, deploy, operation
 from typing_extensions import override
 
-from provision import facts, operations, record
+from provision import facts, nginx_packages, operations, record
 from provision.facts import FileState, SelinuxMode, quoted, script
 from provision.operations import Commands, executing, fail
 from provision.record import Record
@@ -223,6 +223,7 @@ def host_as_found(keep: frozenset[str]) -> None:
     units_stop(name="Units that were placed here have stopped")
     firewall_as_found(name="The firewall is as it was found")
     selinux_as_found(name="SELinux is as it was found")
+    nginx_packages.keys_go(name="Keys of nginx.org's repository are gone")
     files_as_found(name="Files are as they were found")
     folders_go(name="Folders that were made here are gone", keep=keep)
     packages_go(name="Packages that were installed here are gone")

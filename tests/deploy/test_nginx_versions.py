@@ -276,6 +276,7 @@ def test_nginx_orgs_packages_are_installed_where_they_are_signed_by_the_key(
     found = deployment.on("gw1", "ls", *folders)
     assert "gateway-nginx" not in found
     assert "default.conf" not in found
+    assert "not installed" in deployment.on("gw1", "rpm", "-q", "gpg-pubkey", check=False)
 
 
 def test_a_version_that_nobody_has_is_refused_and_says_what_there_is(

@@ -342,6 +342,20 @@ def test_sources_that_make_no_sense_are_refused(data: dict[str, Any], message: s
     assert message in "\n".join(problems(gateway(**data), worker()))
 
 
+def test_keys_of_the_repository_go_with_it_and_before_another_key_comes() -> None:
+    def run(host: list[str], **data: Any) -> list[str]:
+        return [c for c in commands(host, ["1:1.26.3-1.el9.ngx"], **data) if "gpg-pubkey-" in c]
+
+    there = has(ORG, file=nginx_packages.DNF_KEY)
+    assert len(run(there, nginx_source="nginx.org")) == 1  # what lies there is another one
+    assert len(run(there)) == 1
+    assert run(has(ORG), nginx_source="nginx.org") == []
+    (gone,) = FakeHosts({"h": {"os-release": there}}).run(nginx_packages.keys_go).values()
+    assert any(nginx_packages.DNF_KEY in command for command in gone)
+    (none,) = FakeHosts({"h": {"os-release": has(ORG)}}).run(nginx_packages.keys_go).values()
+    assert [command for command in none if "os-release" not in command] == []
+
+
 def test_what_needs_a_newer_one_is_looked_for() -> None:
     assert not declared().by_choice
     assert declared(upstream_sticky="w").by_choice
