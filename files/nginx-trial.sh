@@ -71,6 +71,10 @@ _furnish() {
         fi
     done
     mkdir "$apart/log" && mount --bind "$apart/log" /var/log/nginx || return 1
+    # Whatever this nginx takes for its pid file, the one of the live nginx stays.
+    if [[ -e /run/nginx.pid ]]; then
+        cp -a /run/nginx.pid "$apart/live.pid" && mount --bind "$apart/live.pid" /run/nginx.pid || return 1
+    fi
     sed -i -e "s|^pid .*|pid $apart/nginx.pid;|" -e 's|^worker_processes .*|worker_processes 1;|' "$conf"
 }
 
