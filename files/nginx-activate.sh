@@ -256,7 +256,6 @@ conclude() {
     mv -fT "$state/managed.candidate" "$state/managed"
     mv -fT "$state/applied.candidate" "$state/applied"
     tidy
-    ((${#pruned[@]} == 0)) || say "no longer declared, and removed: ${pruned[*]}"
     exit 0
 }
 

@@ -365,6 +365,7 @@ def sha256_check(managed: ManagedFile) -> StringCommand:
 
 
 APPLIED = "/var/lib/gpu-gateway/applied"
+MANAGED = "/var/lib/gpu-gateway/managed"  # paths, a line each
 
 
 @operation()
@@ -409,6 +410,9 @@ def run_nginx(
     settled = unit.active == "active" and not unit.needs_daemon_reload and not nginx.outdated
     if settled and not differing and applied.strip() == digest:
         return
+    managed_before = (host.get_fact(facts.FileText, path=MANAGED) or "").split("\n")
+    if gone := sorted({*managed_before} - {"", *(managed.path for managed in files)}):
+        host.log(f"no longer declared, so it goes: {', '.join(gone)}")
     # What a run that was cut may have staged is not part of this one.
     yield quoted("rm", "-f", "--", *(managed.candidate for managed in files))
     for managed in differing:

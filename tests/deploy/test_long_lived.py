@@ -177,7 +177,7 @@ def test_a_file_that_is_no_longer_declared_goes_and_a_rollback_brings_it_back(
     try:
         result = deployment.run(keepalive_timeout_s=58)
         assert result.returncode == 0, result.output
-        assert f"no longer declared, and removed: {old}" in result.output
+        assert f"no longer declared, so it goes: {old}" in result.output
         assert f"read by nginx, not managed here, left alone: {foreign}" in result.output
         assert deployment.on("gw1", "ls", "/etc/nginx/conf.d").split() == ["theirs.conf"]
         back = deployment.run(deploy="rollback.py", rollback="gateways")
