@@ -19,6 +19,7 @@ until that was told.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import shutil
 from collections.abc import Iterable, Mapping
@@ -145,6 +146,8 @@ class Plan:
 
 def plan(settings: TrainerSettings) -> Plan:
     """What the current host trains with. Raises `DeployError`; touches nothing."""
+    if problem := unfit_folder(CHECKOUT / settings.train_models):
+        raise DeployError(f"train_models: {problem}")
     hardware = host.get_fact(facts.HostHardware)
     if settings.train_device == "cuda" and not hardware.nvidia_gpus:
         raise DeployError(
@@ -159,6 +162,16 @@ def plan(settings: TrainerSettings) -> Plan:
         release=workers.build_release(),
         data=_data(),
     )
+
+
+def unfit_folder(folder: Path) -> str | None:
+    """Why no bundle could be written into the folder, told before hours of training; or None."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        return f"{there} is no folder, so the bundle could not be brought to {folder}"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"{there} cannot be written, so the bundle could not be brought to {folder}"
+    return None
 
 
 def uses_gpu(settings: TrainerSettings, hardware: Hardware) -> bool:
@@ -267,6 +280,11 @@ def run(settings: TrainerSettings, fleet: Fleet, planned: Plan, *, through_slurm
     operations.barrier(name="The bundle is safe")
     complete(name="The run is complete", job=_JOB)
     forget(name="Old runs are gone", keep=settings.keep_versions)
+    workers.prune(
+        name="What old runs were made of is gone",
+        folders=[f"{OPT}/venvs", f"{OPT}/releases", f"{OPT}/data"],
+        keep=settings.keep_versions,
+    )
 
 
 @deploy("Training stops")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gpu_service import bundle
+from provision import drift
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 
@@ -131,7 +132,9 @@ def write_bundle(directory: Path, metrics: dict[str, float]) -> Path:
     )
 
 
-def test_a_bundle_below_the_stated_metrics_is_refused_with_the_figures(tmp_path: Path) -> None:
+def test_a_bundle_below_the_stated_metrics_is_refused_with_the_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = write_bundle(tmp_path, {"test_accuracy": 0.93, "test_loss": 0.7})
     data = '"min_metrics": {"test_accuracy": 0.98}, "max_metrics": {"test_loss": 0.6, "lag": 1}'
     worker = f'{{"address": "10.0.0.21", "model": "{model}", {data}}}'
@@ -146,3 +149,6 @@ def test_a_bundle_below_the_stated_metrics_is_refused_with_the_figures(tmp_path:
     assert output.count("test_accuracy is 0.93") == 1  # the same bundle on two hosts
     assert "nothing was touched" in output
     assert "Connecting" not in output
+    inventory = str(tmp_path / "inventory.py")
+    assert drift.main([inventory]) == drift.ERROR  # it cannot be told, and why
+    assert "test_accuracy is 0.93" in capsys.readouterr().err

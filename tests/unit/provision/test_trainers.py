@@ -100,6 +100,19 @@ def test_one_process_a_gpu_and_one_where_there_is_none(
     assert trainers.processes(TrainerSettings(**data), hardware) == count
 
 
+def test_a_folder_that_cannot_hold_the_bundle_is_refused_before_the_training(
+    tmp_path: Path,
+) -> None:
+    assert trainers.unfit_folder(tmp_path / "not" / "yet") is None
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file is no folder" in (trainers.unfit_folder(tmp_path / "file/x") or "")
+
+
+def test_threads_are_those_that_are_set_else_the_scripts_to_choose() -> None:
+    assert launched(train_threads=1).environment["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in launched().environment
+
+
 def test_every_host_meets_at_the_first_under_the_name_of_the_run() -> None:
     text = launched().settings_file("20260101-000000").content.decode()
     assert "MASTER_ADDR=10.0.0.31\n" in text
