@@ -28,7 +28,7 @@ TRAINING = {
 KEY = "/etc/munge/munge.key"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Trainers(Deployment):
     """The hosts that train; `models` is where their bundles arrive."""
 
