@@ -187,6 +187,16 @@ def certificate(settings: GatewaySettings) -> Commands:
         yield quoted("systemctl", "enable", "--quiet", "--now", TIMER)
 
 
+@operation()
+def retire() -> Commands:
+    """Nothing renews a certificate that nginx does not serve any more. Its files go with the
+    configuration that named them.
+    """
+    timer = host.get_fact(facts.UnitStates, units=(TIMER,)).get(TIMER, facts.UnitState())
+    if timer.enabled or timer.active == "active":
+        yield quoted("systemctl", "disable", "--quiet", "--now", TIMER)
+
+
 _ASK = """
 [ -z "$1" ] || export REQUESTS_CA_BUNDLE="$1"
 placeholder=$2

@@ -66,6 +66,8 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
             name="Challenges can be answered",
             names=certificate_names(settings, fleet.addresses[host.name]),
         )
+    else:
+        acme.retire(name="No renewal of a certificate that is not served")
     files = supporting_files(settings, fleet, cores)
     operations.run_nginx(
         name="nginx runs this configuration",

@@ -220,3 +220,4 @@ def test_drift_and_the_checks_of_hosts_tell_until_when_it_is_valid(
 def test_the_way_back_leaves_the_reference(deployment: Deployment) -> None:
     back = deployment.run()
     assert back.returncode == 0, back.output
+    assert on_gateway(deployment, f"systemctl is-enabled {acme.TIMER} || true").strip() != "enabled"

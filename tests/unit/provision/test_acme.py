@@ -138,6 +138,13 @@ def test_the_timer_is_enabled_once() -> None:
     assert enabling == f"systemctl enable --quiet --now {acme.TIMER}"
 
 
+def test_the_timer_goes_with_acme() -> None:
+    answers = {"systemctl show": RENEWED}
+    assert run(acme.retire, answers) == [f"systemctl disable --quiet --now {acme.TIMER}"]
+    gone = [f"unit={acme.TIMER}", "ActiveState=inactive", "UnitFileState=", "MainPID=0"]
+    assert run(acme.retire, {"systemctl show": gone}) == []
+
+
 def test_nginx_can_start_before_there_is_a_certificate() -> None:
     folder = ["755 root root " + ACME_WEBROOT]
     names = [f"DNS:{NAME}"]
