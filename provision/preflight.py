@@ -106,19 +106,35 @@ def load(filename: str) -> tuple[Fleet, Mapping[str, Mapping[str, Any]]]:
 
     Read by a pyinfra of its own, which says what is wrong as it always does. Raises `RefusedError`.
     """
-    command = [str(Path(sys.executable).with_name("pyinfra")), "--json", filename]
-    result = subprocess.run([*command, "debug-inventory"], capture_output=True, text=True)
-    if result.returncode:
-        raise RefusedError([(result.stderr or result.stdout).strip()])
     hosts = [
         HostInput(name=host["name"], groups=frozenset(host["groups"]), data=host["data"])
-        for host in json.loads(result.stdout)
+        for host in _pyinfra(filename, "debug-inventory")
     ]
     try:
         fleet = parse_fleet(hosts, resolve=_resolved(hosts), foreign_keys=FOREIGN_KEYS)
+        if asked := fleet.asked_for_gpus():
+            fleet = fleet.with_gpus(_gpus(filename, asked))
     except InvalidFleetError as error:
         raise RefusedError(error.problems) from None
     return fleet, {host.name: host.data for host in hosts}
+
+
+def _gpus(filename: str, hosts: Iterable[str]) -> dict[str, int]:
+    """How many NVIDIA GPUs each of these hosts has. Raises `RefusedError`."""
+    fact = "provision.facts.HostHardware"
+    found = _pyinfra(filename, *(f"--limit={name}" for name in hosts), "fact", fact)[fact]
+    if silent := [name for name in hosts if name not in found]:
+        raise RefusedError([f"{name}: does not say how many GPUs it has" for name in silent])
+    return {name: found[name]["nvidia_gpus"] for name in hosts}
+
+
+def _pyinfra(filename: str, *arguments: str) -> Any:
+    """What a pyinfra of its own says of an inventory file. Raises `RefusedError`."""
+    command = [str(Path(sys.executable).with_name("pyinfra")), "-y", "--json", filename, *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise RefusedError([(result.stderr or result.stdout).strip()])
+    return json.loads(result.stdout)
 
 
 def _runs(deploy: str) -> bool:

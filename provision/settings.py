@@ -1043,7 +1043,7 @@ class Fleet:
         return [
             Upstream(
                 address=f"unix:{unix_socket(port)}"
-                if of is not None and self.local_gateway(worker) is of
+                if of is not None and of.name == name and worker.unix_sockets
                 else f"{_bracketed(self.addresses[name])}:{port}",
                 weight=worker.weight,
                 backup=worker.backup,

@@ -57,7 +57,8 @@ def declared(several: Deployment, figures: Path, **options: object) -> dict[str,
         "figures": {
             "model": str(figures),
             "server_names": [NAME],
-            "worker_ports": [9105],
+            "worker_ports": "per-gpu",  # one where there is no GPU
+            "first_worker_port": 9105,
             "service_options": options,
         },
     }

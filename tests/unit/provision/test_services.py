@@ -487,6 +487,8 @@ def test_nginx_reaches_the_workers_of_its_own_host_by_unix_sockets() -> None:
         *("unix:/run/gpu-workers/9005.sock", "unix:/run/gpu-workers/9006.sock"),
         *("10.0.0.21:9005", "10.0.0.21:9006"),
     ]
+    decided = found.gateways["one"].model_copy(update={"tls_stapling": False})
+    assert [u.address for u in found.routes(decided)[0].upstreams] == own
     others = [u.address for u in found.routes(found.gateways["gw1"])[0].upstreams]
     assert others == ["10.0.0.5:9005", "10.0.0.5:9006", "10.0.0.21:9005", "10.0.0.21:9006"]
     without = shared(unix_sockets=False)
