@@ -1,20 +1,21 @@
 # Waits until this gateway sends clients to each of the workers again, and at most SECONDS: then nginx
 # tries them by itself. Runs on the gateway.
 #
-#   worker-seen PLACE SECONDS WORKER…     PLACE: `PORT` or `tls:PORT`; WORKER: as it calls itself
+#   worker-seen PLACE SECONDS WORKER…     PLACE: where their service is, as handshake.sh reads it;
+#                                         WORKER: as it calls itself
 #
 # Each look is a request that nginx gives to a worker as it gives a client's; least_conn gives it to
 # the one that has just come back. Where requests do not get through (a token, a client's certificate),
 # it waits.
-place=$1 until=$((SECONDS + $2))
+place=$1 until=$((SECONDS + $2)) scheme=http name=localhost path=
 shift 2
+[[ $place != tls:* ]] || { scheme=https place=${place#tls:}; }
+[[ $place != */* ]] || { path=/${place#*/} place=${place%%/*}; }
+[[ $place != *@* ]] || { name=${place#*@} place=${place%%@*}; }
 
 look() {
-    if [[ $place == tls:* ]]; then
-        curl --silent --insecure --http1.1 --max-time 2 "https://127.0.0.1:${place#tls:}/v2"
-    else
-        curl --silent --max-time 2 "http://127.0.0.1:$place/v2"
-    fi
+    curl --silent --insecure --http1.1 --max-time 2 --resolve "$name:$place:127.0.0.1" \
+        "$scheme://$name:$place$path/v2"
 }
 
 missing=" $* "

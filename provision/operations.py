@@ -580,13 +580,13 @@ class WorkerUnit:
 class Roll:
     """What a rolling restart has to keep to, and whom it asks.
 
-    `capacity`: service -> worker (HOST:PORT) -> weight; `gateways`: host name -> where its clients
-    are served, as files/worker-seen.sh reads it.
+    `capacity`: service -> worker (HOST:PORT) -> weight; `gateways`: host name -> service -> where
+    its clients are served, as files/handshake.sh reads it.
     """
 
     min_up: float = 0.0
     capacity: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    gateways: Mapping[str, str] = field(default_factory=dict)
+    gateways: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fail_timeout_s: int = 0
 
 
@@ -687,11 +687,14 @@ def _reason_to_wait(
 def _until_seen(rollout: Rollout, roll: Roll) -> None:
     """Wait until every gateway sends clients to the workers that were restarted before."""
     for gateway in state.inventory.get_active_hosts():
-        place = roll.gateways.get(gateway.name)
-        waiting, seconds = rollout.unseen(fail_timeout_s=roll.fail_timeout_s, now=time.monotonic())
-        if place and waiting:
-            command = ("bash", "-c", rendering.shell("worker-seen.sh"), "worker-seen", place)
-            ask(quoted(*command, str(math.ceil(seconds)), *waiting), of=gateway)
+        for service, place in roll.gateways.get(gateway.name, {}).items():
+            unseen, seconds = rollout.unseen(
+                fail_timeout_s=roll.fail_timeout_s, now=time.monotonic()
+            )
+            waiting = [worker for worker in unseen if worker in roll.capacity.get(service, {})]
+            if waiting:
+                command = ("bash", "-c", rendering.shell("worker-seen.sh"), "worker-seen", place)
+                ask(quoted(*command, str(math.ceil(seconds)), *waiting), of=gateway)
     rollout.all_seen()
 
 

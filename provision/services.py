@@ -203,16 +203,14 @@ def sites(
     ]
 
 
-def probe(found: Iterable[Site], port: str) -> str:
-    """Every service's place, as files/handshake.sh reads it: `[tls:]PORT[@NAME][/PATH]`, commas
-    between them; one place for each service.
-    """
+def places(found: Iterable[Site], port: str) -> dict[str, str]:
+    """A place of each service, as files/handshake.sh reads it: `[tls:]PORT[@NAME][/PATH]`."""
     places: dict[str, str] = {}
     for site in found:
         name = f"@{site.probed_name}" if site.probed_name else ""
         for route in site.routes:
             places.setdefault(route.service, f"{port}{name}{route.prefix}")
-    return ",".join(places.values())
+    return places
 
 
 def problems(

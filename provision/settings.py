@@ -1084,8 +1084,11 @@ class Fleet:
 
     def probe(self, gateway: GatewaySettings) -> str:
         """How the deploy asks whether clients are served, as files/handshake.sh reads it."""
-        places = services.probe(self.sites(gateway), gateway.probed_port)
-        return " ".join([places, *gateway.probe_refusals])
+        return " ".join([",".join(self.places(gateway).values()), *gateway.probe_refusals])
+
+    def places(self, gateway: GatewaySettings) -> dict[str, str]:
+        """Where each service is served by a gateway, as files/handshake.sh reads it."""
+        return services.places(self.sites(gateway), gateway.probed_port)
 
     @property
     def lead_trainer(self) -> str:

@@ -209,7 +209,7 @@ def roll(settings: WorkerSettings, fleet: Fleet) -> Roll:
     return Roll(
         min_up=settings.min_up,
         capacity=capacity,
-        gateways={name: gateway.probed_port for name, gateway in fleet.gateways.items()},
+        gateways={name: fleet.places(gateway) for name, gateway in fleet.gateways.items()},
         fail_timeout_s=max(g.upstream_fail_timeout_s for g in fleet.gateways.values()),
     )
 

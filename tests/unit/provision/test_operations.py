@@ -312,14 +312,14 @@ def test_a_worker_stays_up_where_too_few_others_are() -> None:
 def test_the_next_one_goes_when_the_gateways_see_the_one_before() -> None:
     stale = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, deployment="d0"))
     hosts = FakeHosts({"h": stale})
-    seen_by = Roll(capacity={"": {"h:9005": 1, "h:9006": 1}}, gateways={"@fake/h": "8009"})
+    seen_by = Roll(capacity={"": {"h:9005": 1, "h:9006": 1}}, gateways={"@fake/h": {"": "8009/x"}})
     rollout = Rollout()
     commands = hosts.run(operations.roll_workers, workers=[A, B], rollout=rollout, roll=seen_by)[
         "h"
     ]
     order = [c for c in commands if "worker-switch" in c or "worker-seen" in c]
     assert is_switch(order[0], A)
-    assert order[1].endswith(" worker-seen 8009 2 h:9005")
+    assert order[1].endswith(" worker-seen 8009/x 2 h:9005")
     assert is_switch(order[2], B)
     assert len(order) == 3
 

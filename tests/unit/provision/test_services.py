@@ -9,6 +9,8 @@ import importlib.util
 import socket
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -527,3 +529,27 @@ def test_enforcing_denies_unix_sockets() -> None:
         },
     )
     assert any("'enforcing' denies nginx the workers' Unix sockets" in p for p in problems(both))
+
+
+def test_a_worker_is_looked_for_where_its_service_is() -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(f"{self.headers['Host']} {self.path}")
+            body = b'{"worker":"gpu1:9105"}'
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Not to stderr."""
+
+    asked: list[str] = []
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        place = f"{server.server_port}@words.example/words"
+        script = rendering.shell("worker-seen.sh")
+        subprocess.run(["bash", "-c", script, "x", place, "20", "gpu1:9105"], check=True)
+        thread.join(timeout=30)
+    assert asked == [f"words.example:{server.server_port} /words/v2"]
