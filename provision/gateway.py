@@ -20,6 +20,7 @@ from provision import (
     nginx_packages,
     operations,
     rendering,
+    selinux,
     sizing,
 )
 from provision.nginx_versions import Version
@@ -41,12 +42,7 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     cores = sized(settings, fleet)
     settings = certificates.settled(settings)
     install(settings)
-    # Before the mode: in enforcing mode, not a moment without it.
-    if settings.selinux_allow_connect:
-        operations.selinux_boolean(
-            name="SELinux lets nginx connect", boolean="httpd_can_network_connect"
-        )
-    operations.selinux_mode(name=f"SELinux is {settings.selinux_mode}", mode=settings.selinux_mode)
+    selinux.configure(settings, fleet)
     operations.firewalld(
         name="Public port is open",
         role="gateway",

@@ -1,5 +1,5 @@
-"""The project's own pyinfra operations: files that are swapped in whole, SELinux's mode, nginx's
-activation, workers restarted one after the other.
+"""The project's own pyinfra operations: files that are swapped in whole, nginx's activation,
+workers restarted one after the other.
 
 An operation's body runs at *prepare* (to see whether it would change something; skipped with
 `-y`) and again at *execute*. So everything it decides on is asked of the host in the body, and
@@ -34,7 +34,7 @@ from pyinfra.api.state import State, StateStage
 from pyinfra.connectors.util import CommandOutput
 
 from provision import facts, nginx_versions, record, rendering
-from provision.facts import SelinuxMode, quoted, script
+from provision.facts import quoted, script
 from provision.nginx_versions import Version
 from provision.rolling import Rollout
 from provision.settings import unix_socket
@@ -207,62 +207,6 @@ def link(path: str, target: str) -> Commands:
     candidate = f"{path}.candidate"
     yield quoted("ln", "-sfn", "--", target, candidate)
     yield quoted("mv", "-fT", "--", candidate, path)
-
-
-@operation()
-def selinux_mode(mode: str) -> Commands:
-    """Set SELinux's mode for the running system and for the next boot.
-
-    + mode: enforcing, permissive, disabled or unmanaged
-
-    A host without SELinux is left as it is. A running system can't be switched to or from
-    disabled; the next boot is configured and the rest is said.
-    """
-    if mode == "unmanaged":
-        host.noop("SELinux's mode is not managed (selinux_mode = 'unmanaged')")
-        return
-    wanted = SelinuxMode(mode)
-    found = host.get_fact(facts.Selinux)
-    live = (SelinuxMode.ENFORCING, SelinuxMode.PERMISSIVE)
-    configures = found.configured not in (SelinuxMode.ABSENT, wanted)
-    switches = found.running in live and wanted in live and found.running is not wanted
-    if configures or switches:
-        yield record.found("selinux", "mode", f"{found.running} {found.configured}")
-        yield record.wrote("selinux", "mode", wanted)
-    if configures:
-        yield selinux_configured(wanted.value)
-    if found.running is SelinuxMode.ABSENT:
-        host.noop("this host has no SELinux")
-    elif switches:
-        yield quoted("setenforce", "1" if wanted is SelinuxMode.ENFORCING else "0")
-    elif found.running is not wanted:
-        host.log(f"SELinux is {found.running} and becomes {wanted} at the next boot only")
-
-
-def selinux_configured(mode: str) -> StringCommand:
-    """The mode of the next boot. The file may hold comments and SELINUXTYPE: only the one line
-    changes. Edited beside and renamed; the label is the old file's.
-    """
-    return script(
-        'cp -a "$1" "$1.candidate" && '
-        'sed -i "s/^SELINUX=.*/SELINUX=$2/" "$1.candidate" && mv -f "$1.candidate" "$1"',
-        "/etc/selinux/config",
-        mode,
-    )
-
-
-@operation()
-def selinux_boolean(boolean: str) -> Commands:
-    """Switch an SELinux boolean on, now and for good, where the host has it.
-
-    pyinfra's own operation ends the run on a host without SELinux.
-    """
-    found = host.get_fact(facts.SelinuxBoolean, boolean=boolean)
-    if found is None:
-        host.noop(f"this host has no SELinux boolean {boolean}")
-    elif not found:
-        yield record.found("boolean", boolean, "off")
-        yield quoted("setsebool", "-P", boolean, "on")
 
 
 @operation()

@@ -20,7 +20,7 @@ How a concern registers what it changes:
 * **A unit** of somebody else's that is enabled, started or stopped: `yield record.unit(name)`
   before. Instances of `gpu-worker@` and units whose file is placed by us are stopped anyway.
 * **SELinux**: `yield record.found("boolean", name, "off")`, `yield record.found("port",
-  "http_port_t tcp 9005", "absent")` before it is changed. The mode is noted by `selinux_mode`.
+  "http_port_t tcp 9005", "absent")` before it is changed. The mode is noted by `selinux.mode`.
 * **firewalld**: `operations.firewalld(role=…)` knows by the record which ports are its own.
 
 What is not registered stays on the host.

@@ -16,7 +16,7 @@ from pyinfra import host
 from pyinfra.api import FactBase, StringCommand, deploy, operation
 from typing_extensions import override
 
-from provision import facts, nginx_packages, operations, record
+from provision import facts, nginx_packages, operations, record, selinux
 from provision.facts import FileState, SelinuxMode, quoted, script
 from provision.operations import Commands, executing, fail
 from provision.record import Record
@@ -381,13 +381,14 @@ def selinux_as_found() -> Commands:
         running, _, configured = was.partition(" ")
         now = host.get_fact(facts.Selinux)
         if now.configured != configured and now.configured in wrote:
-            yield operations.selinux_configured(configured)
+            yield selinux.configured(configured)
         live = (SelinuxMode.ENFORCING, SelinuxMode.PERMISSIVE)
         if now.running != running and now.running in live and now.running in wrote:
             yield quoted("setenforce", "1" if running == SelinuxMode.ENFORCING else "0")
-    for boolean, value in noted.of("boolean").items():
-        on = host.get_fact(facts.SelinuxBoolean, boolean=boolean)
-        if on is not None and on != (value == "on"):
+    booleans = noted.of("boolean")
+    states = host.get_fact(facts.SelinuxBooleans, booleans=tuple(booleans)) if booleans else {}
+    for boolean, value in booleans.items():
+        if boolean in states and states[boolean].active != (value == "on"):
             _say([f"switches {boolean} {value}"])
             yield quoted("setsebool", "-P", boolean, value)
     for port in noted.of("port"):

@@ -90,6 +90,7 @@ HARDENED: Mapping[str, Any] = {
     "nginx_user": "nginx",
     "selinux_mode": "enforcing",
     "selinux_allow_connect": True,
+    "selinux_allow_setrlimit": True,
     "tls_only": True,
     "hsts_max_age_s": 2 * 365 * 24 * 3600,  # Mozilla's
     "tls_stapling": "auto",
@@ -185,8 +186,20 @@ class GatewaySettings(ServingSettings, _Scraped):
     )
     selinux_allow_connect: bool = Field(
         default=False,
-        description="Switch SELinux's `httpd_can_network_connect` on, for good: what nginx needs "
-        "to reach the workers in enforcing mode. False leaves it as it is.",
+        description="Switch SELinux's `httpd_can_network_connect` on, for good: then nginx may "
+        "connect to any port, so also to the workers' in enforcing mode. False leaves it as it is.",
+    )
+    selinux_label_ports: bool = Field(
+        default=False,
+        description="The narrower way to the same: label the workers' ports `http_port_t` and "
+        "switch `httpd_can_network_relay` on, for good; then nginx may connect to web servers' "
+        "ports and these. False leaves labels and boolean as they are.",
+    )
+    selinux_allow_setrlimit: bool = Field(
+        default=False,
+        description="Switch SELinux's `httpd_setrlimit` on, for good: without it, in enforcing "
+        "mode, a running nginx takes a higher descriptor limit only when it is started anew. False "
+        "leaves it as it is.",
     )
     listen_port: Port = Field(default=8009, description="Public port of the gateway.")
     server_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*-]+( [A-Za-z0-9_.*-]+)*$")] = Field(
@@ -389,10 +402,12 @@ class GatewaySettings(ServingSettings, _Scraped):
 
     @model_validator(mode="after")
     def _enforcing_lets_nginx_connect(self) -> Self:
-        if self.selinux_mode == "enforcing" and not self.selinux_allow_connect:
+        allowed = self.selinux_allow_connect or self.selinux_label_ports
+        if self.selinux_mode == "enforcing" and not allowed:
             raise ValueError(
                 "selinux_mode 'enforcing' denies nginx every connection to a worker (13: "
-                "Permission denied); set selinux_allow_connect = True, or selinux_mode "
+                "Permission denied); set selinux_allow_connect = True (any port) or "
+                "selinux_label_ports = True (the workers' ports only), or selinux_mode "
                 "'unmanaged' if you allow it in a policy of your own"
             )
         return self
@@ -561,6 +576,12 @@ class GatewaySettings(ServingSettings, _Scraped):
         """Names under which clients come, those of single services among them."""
         of_services = (name for found in self.services.values() for name in found.server_names)
         return list(dict.fromkeys([*self.server_names, *of_services]))
+
+    @property
+    def listening_ports(self) -> list[int]:
+        """Every port that nginx listens on."""
+        tls = [self.tls_listen_port] if self.tls else []
+        return [self.listen_port, *tls, *([self.status_port] if self.status_port else [])]
 
     @property
     def bracketed_resolver(self) -> str | None:

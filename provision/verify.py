@@ -208,13 +208,15 @@ def _cause(seen: Sighting) -> list[str]:
             "in enforcing mode, or nginx_user is not in the group of /run/gpu-workers",
             "  way out: unix_sockets = False in group_data/workers.py, and deploy",
         ]
-    if "(13: Permission denied)" in text and "connect()" in text:
+    if "connect()" in text and "(13: Permission denied)" in text and "selinux: Enforcing" in text:
         return [
             f"likely cause: SELinux denies nginx the connection to {where}. `user root` does not "
-            "change that. Two ways out:",
-            "  1. stay enforcing and allow it: selinux_allow_connect = True in "
-            "group_data/gateways.py, and deploy (or: setsebool -P httpd_can_network_connect on)",
-            "  2. selinux_mode = 'permissive' in group_data/gateways.py (the default), and deploy",
+            "change that. Three ways out; set one in group_data/gateways.py, and deploy:",
+            "  1. selinux_allow_connect = True: stays enforcing, nginx may connect to any port "
+            "(by hand, on the gateway: setsebool -P httpd_can_network_connect on)",
+            "  2. selinux_label_ports = True: stays enforcing, nginx may connect to the workers' "
+            "ports and to web servers' only",
+            "  3. selinux_mode = 'permissive' (the default): nothing is denied, only logged",
         ]
     if "(111: Connection refused)" in text or "(111: Unknown error)" in text:
         return [

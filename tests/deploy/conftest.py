@@ -84,7 +84,7 @@ class Deployment:
 
     def command(self, *arguments: str, deploy: str = "deploy.py", **data: object) -> list[str]:
         settings = {"model": str(self.model), **data}
-        pairs = [f"--data={key}={_as_argument(value)}" for key, value in settings.items()]
+        pairs = [f"--data={key}={as_argument(value)}" for key, value in settings.items()]
         return [str(BIN / "pyinfra"), *arguments, self.inventory, deploy, *pairs]
 
     @property
@@ -123,7 +123,8 @@ class Deployment:
         return frozenset(self.on(host, "bash", "-c", _LISTING).splitlines())
 
 
-def _as_argument(value: object) -> str:
+def as_argument(value: object) -> str:
+    """A setting as `--data KEY=VALUE` takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from testinfra.host import Host
 
-from provision import certificates, nginx_versions, rendering
+from provision import certificates, facts, nginx_versions, rendering, selinux
 from provision import gateway as declared
 from provision.facts import CertificateState
 from provision.services import Route, Site
@@ -162,6 +162,30 @@ def test_selinux_mode(gateway: Target) -> None:
     assert mode.stdout.strip().lower() == wanted
     config = gateway.host.file("/etc/selinux/config").content_string
     assert f"\nSELINUX={wanted}" in f"\n{config}"
+
+
+def test_selinux_lets_nginx_do_what_was_declared(gateway: Target) -> None:
+    if gateway.host.run("selinuxenabled").rc != 0:
+        return  # this host has no SELinux
+    policy = selinux.Policy.of(gateway.settings, gateway.fleet)
+    for boolean in policy.booleans:
+        # Now, and at the next boot.
+        assert gateway.host.check_output("getsebool %s", boolean) == f"{boolean} --> on"
+        kept = gateway.host.check_output("cat /var/lib/selinux/*/active/booleans.local")
+        assert f"{boolean}=1" in kept.splitlines()
+    if policy.web_ports:
+        ranges = facts.SelinuxPorts().process(
+            gateway.host.check_output("semanage port -l -n").splitlines()
+        )
+        for port in policy.web_ports:
+            assert selinux.port_type(ranges, port) == selinux.WEB_PORT, port
+
+
+def test_nginx_runs_confined_where_there_is_selinux(gateway: Target) -> None:
+    if gateway.host.run("selinuxenabled").rc != 0:
+        return
+    labels = gateway.host.check_output("ps -C nginx -o label=").split()
+    assert {label.split(":")[2] for label in labels} == {"httpd_t"}
 
 
 def test_logs_are_rotated(gateway: Target) -> None:

@@ -12,6 +12,26 @@ def test_file_states() -> None:
     }
 
 
+def test_selinux_booleans_now_and_at_the_next_boot() -> None:
+    output = ["a --> on", "b --> off", "c --> on", "# kept by libsemanage", "a=1", "b=0"]
+    assert facts.SelinuxBooleans().process(output) == {
+        "a": facts.BooleanState(active=True, permanent=True),
+        "b": facts.BooleanState(active=False, permanent=False),
+        "c": facts.BooleanState(active=True, permanent=False),
+    }
+
+
+def test_selinux_ports_are_ranges_of_tcp() -> None:
+    output = [
+        "http_port_t                    tcp      80, 8008-8009",
+        "http_port_t                    udp      443",
+    ]
+    assert facts.SelinuxPorts().process(output) == [
+        facts.PortRange(type="http_port_t", first=80, last=80),
+        facts.PortRange(type="http_port_t", first=8008, last=8009),
+    ]
+
+
 def test_selinux_running_and_configured() -> None:
     assert facts.Selinux().process(["Enforcing", "permissive"]) == SelinuxState(
         running=SelinuxMode.ENFORCING, configured=SelinuxMode.PERMISSIVE

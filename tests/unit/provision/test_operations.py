@@ -25,6 +25,7 @@ ASKING = (
     "getenforce",
     "nginx -v",
     "getsebool",
+    "semanage port -l",
     "busctl",
     "-p SubState",
     "list-units",
@@ -108,44 +109,6 @@ def test_a_link_is_moved_by_one_rename() -> None:
         "ln -sfn -- 2 /m/current.candidate",
         "mv -fT -- /m/current.candidate /m/current",
     ]
-
-
-@pytest.mark.parametrize(
-    ("found", "mode", "expected"),
-    [
-        (["Permissive", "permissive"], "permissive", []),
-        (["Enforcing", "permissive"], "permissive", ["setenforce 0"]),
-        (["Permissive", "enforcing"], "enforcing", ["setenforce 1"]),
-        (["Enforcing", "enforcing"], "permissive", ["SELINUX=$2", "setenforce 0"]),
-        # Neither way works on a running system: only the next boot is configured.
-        (["Disabled", "disabled"], "permissive", ["SELINUX=$2"]),
-        (["Enforcing", "enforcing"], "disabled", ["SELINUX=$2"]),
-        (["absent"], "permissive", []),
-        (["Enforcing", "enforcing"], "unmanaged", []),
-    ],
-)
-def test_selinux_mode(found: list[str], mode: str, expected: list[str]) -> None:
-    commands = run(operations.selinux_mode, {"getenforce": found}, mode=mode)
-    assert len(commands) == len(expected)
-    for command, part in zip(commands, expected, strict=True):
-        assert part in command
-
-
-@pytest.mark.parametrize(
-    ("found", "expected"),
-    [
-        (["httpd_can_network_connect --> on"], []),
-        (
-            ["httpd_can_network_connect --> off"],
-            ["setsebool -P httpd_can_network_connect on"],
-        ),
-        ([], []),  # no SELinux here
-    ],
-)
-def test_selinux_boolean(found: list[str], expected: list[str]) -> None:
-    answers = {"getsebool": found}
-    boolean = "httpd_can_network_connect"
-    assert run(operations.selinux_boolean, answers, boolean=boolean) == expected
 
 
 RULE = 'rule family="ipv4" source address="{}" port port="9005" protocol="tcp" accept'

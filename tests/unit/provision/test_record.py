@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from provision import operations, record, rendering
+from provision import operations, record, rendering, selinux
 from provision.operations import ManagedFile
 from tests.unit.provision.test_operations import FILE, FakeHosts, file_answer, zone
 
@@ -137,16 +137,22 @@ def test_what_goes_with_a_whole_folder_is_not_noted() -> None:
     ("operation", "answers", "arguments", "note"),
     [
         (
-            operations.selinux_mode,
+            selinux.mode,
             {"getenforce": ["Enforcing", "enforcing"]},
-            {"mode": "permissive"},
+            {"wanted": "permissive"},
             " found selinux mode 'enforcing enforcing'",
         ),
         (
-            operations.selinux_boolean,
+            selinux.booleans,
             {"getsebool": ["b --> off"]},
-            {"boolean": "b"},
+            {"wanted": ["b"]},
             " found boolean b off",
+        ),
+        (
+            selinux.web_ports,
+            {"semanage port -l": ["unreserved_port_t tcp 1024-65535"]},
+            {"ports": [9005]},
+            " found port 'http_port_t tcp 9005' absent",
         ),
         (
             operations.firewalld,

@@ -160,7 +160,9 @@ def test_a_collector_by_name_is_refused() -> None:
 def test_enforcing_without_leave_to_connect_is_refused() -> None:
     found = problems(gateway(selinux_mode="enforcing"), worker())
     assert any("13: Permission denied" in p and "selinux_allow_connect = True" in p for p in found)
-    fleet(gateway(selinux_mode="enforcing", selinux_allow_connect=True), worker())
+    assert any("selinux_label_ports = True" in p for p in found)
+    for way in ("selinux_allow_connect", "selinux_label_ports"):
+        fleet(gateway(selinux_mode="enforcing", **{way: True}), worker())
 
 
 def test_idle_sockets_outlive_two_pings() -> None:

@@ -19,13 +19,19 @@ def sighting(*evidence: str, status: str = "HTTP/1.1 502 Bad Gateway") -> Sighti
     return Sighting(status=status, place="port 8009", evidence=evidence)
 
 
-def test_permission_denied_names_selinux_the_denial_and_two_ways_out() -> None:
+def test_permission_denied_names_selinux_the_denial_and_three_ways_out() -> None:
     text = "\n".join(diagnose(sighting(*DENIED)))
     assert "502 Bad Gateway" in text
     assert "avc:  denied  { name_connect }" in text
     assert "SELinux denies nginx the connection to 10.0.0.21:9006" in text
     assert "setsebool -P httpd_can_network_connect on" in text
+    assert "selinux_label_ports = True" in text
     assert "selinux_mode = 'permissive'" in text
+
+
+def test_an_old_denial_is_not_blamed_where_selinux_denies_nothing() -> None:
+    permissive = ("nginx: active", "selinux: Permissive", *DENIED[2:])
+    assert "SELinux denies" not in "\n".join(diagnose(sighting(*permissive)))
 
 
 @pytest.mark.parametrize(
