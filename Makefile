@@ -71,6 +71,10 @@ wheelhouse: $(READY) ## the wheels that GPU hosts without internet need
 test: can-host $(READY) lint ## everything, including deploys on lab hosts (root on Linux)
 	@$(BIN)/python -m pytest --numprocesses 2
 
+.PHONY: test-selinux
+test-selinux: can-host $(READY) ## nginx under SELinux, in a virtual machine (minutes; 2 GiB)
+	@$(BIN)/python -m pytest tests/selinux $(if $(wildcard models/digits/*/manifest.json),--bundle models/digits)
+
 test-unit: $(READY) ## what needs neither root nor hosts
 	@$(BIN)/python -m pytest --numprocesses 2 -m "not lab"
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, NoReturn
 
 from lab import lab as labs
-from lab import layer, names, requirements
+from lab import layer, names, requirements, vm
 from lab.errors import LabError
 from lab.network import enter_network
 from lab.paths import HOME_VARIABLE, LabPaths
@@ -25,6 +25,8 @@ Host names: gw1 … gw9 have the addresses 10.77.0.11 … 19, gpu1 … gpu9 10.7
 train9 10.77.0.31 … 39; up to nine others have 10.77.0.101 … 109. From this machine they are
 127.77.K.11 and so on, SSH on port {names.SSH_PORT} (K is 0 for the default lab).
 Everything is kept in /var/lib/gateway-lab, or where {HOME_VARIABLE} says.
+
+The VM (`vm up`) is emulated; {vm.ACCELERATOR_VARIABLE}=kvm is faster where /dev/kvm boots a kernel.
 """
 
 
@@ -80,7 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     off.add_argument("--hard", action="store_true", help="pull the plug instead")
     on = commands.add_parser("power-on", help="boot a host that is off")
     on.add_argument("host", metavar="HOST")
+    _add_vm_commands(commands.add_parser("vm", help="a virtual machine with SELinux enforcing"))
     return parser
+
+
+def _add_vm_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="vm_command", required=True, metavar="COMMAND")
+    commands.add_parser("setup", help="install the tools and build the VM's image")
+    commands.add_parser("up", help="start it")
+    commands.add_parser("down", help="end it and remove all that it wrote")
+    commands.add_parser("reboot", help="reboot it and wait until it is back")
+    ssh = commands.add_parser("ssh", help="log in to it, or run a command on it")
+    ssh.add_argument("rest", nargs=argparse.REMAINDER, metavar="CMD …")
+    for verb, text in (("save", "keep its state under a name"), ("restore", "back to that state")):
+        commands.add_parser(verb, help=text).add_argument("tag", metavar="TAG")
 
 
 class _Progress:
@@ -201,6 +216,33 @@ def _power_on(options: argparse.Namespace) -> int:
     return 0
 
 
+def _vm(options: argparse.Namespace) -> int:
+    progress = _Progress()
+    name = options.name
+    match options.vm_command:
+        case "setup":
+            progress(f"ready: {vm.setup(progress=progress).directory}")
+        case "up":
+            vm.up(name, progress=progress)
+            progress(f"the VM is up; log in with: {_again(name, 'vm ssh')}")
+        case "down":
+            progress("the VM is gone" if vm.down(name) else "there is no VM")
+        case "reboot":
+            vm.reboot(name)
+            progress("the VM is back")
+        case "save":
+            vm.save(name, options.tag)
+            progress(f"saved as {options.tag}")
+        case "restore":
+            vm.restore(name, options.tag)
+            progress(f"back to {options.tag}")
+        case "ssh":
+            vm.inventory(name)  # says so where there is none
+            command = vm.ssh_command(vm.VmPaths.of(name), *_command(options.rest))
+            os.execvp(command[0], command)  # noqa: S606
+    return 0
+
+
 _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "check": _check,
     "setup": _setup,
@@ -212,6 +254,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "reboot": _reboot,
     "power-off": _power_off,
     "power-on": _power_on,
+    "vm": _vm,
 }
 
 

@@ -59,9 +59,9 @@ def unmet() -> list[str]:
     return [sentence for probe in _PROBES if (sentence := probe())]
 
 
-def missing_tools() -> dict[str, str]:
+def missing_tools(tools: Mapping[str, str] = TOOLS) -> dict[str, str]:
     """Commands that are missing, with the packages that have them."""
-    return {command: package for command, package in TOOLS.items() if not shutil.which(command)}
+    return {command: package for command, package in tools.items() if not shutil.which(command)}
 
 
 def require() -> None:
@@ -71,9 +71,9 @@ def require() -> None:
         raise LabError(f"this machine can't host the lab:\n{lines}\n{WITHOUT_LAB}")
 
 
-def install_tools(progress: Callable[[str], None]) -> None:
+def install_tools(progress: Callable[[str], None], tools: Mapping[str, str] = TOOLS) -> None:
     """Install what is missing with apt-get. Raises LabError with apt's words when that fails."""
-    missing = sorted(set(missing_tools().values()))
+    missing = sorted(set(missing_tools(tools).values()))
     if not missing:
         return
     progress(f"installing {', '.join(missing)}")
@@ -85,8 +85,8 @@ def install_tools(progress: Callable[[str], None]) -> None:
         # Old lists name versions that the mirror has no more, and the pinned version with them.
         _apt(["update"])
         _apt(["install", *missing])
-    if missing_tools():
-        raise LabError(f"still missing after the installation: {', '.join(missing_tools())}")
+    if left := missing_tools(tools):
+        raise LabError(f"still missing after the installation: {', '.join(left)}")
 
 
 def _has_package_lists() -> bool:

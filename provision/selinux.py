@@ -15,7 +15,7 @@ from pyinfra.api import StringCommand, operation
 
 from provision import facts, record
 from provision.facts import SelinuxMode, quoted, script
-from provision.operations import Commands, fail
+from provision.operations import APPLIED, Commands, fail
 from provision.settings import Fleet, GatewaySettings
 
 # nginx may connect to any port of any host.
@@ -139,6 +139,9 @@ def booleans(wanted: Iterable[str]) -> Commands:
         yield record.found("boolean", name, "off")
     if off:
         yield quoted("setsebool", "-P", *(f"{name}=on" for name in off))
+    if SETRLIMIT in off:
+        # nginx takes it over at a reload, so what it last took over is forgotten.
+        yield quoted("rm", "-f", "--", APPLIED)
 
 
 @operation()

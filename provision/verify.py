@@ -51,6 +51,7 @@ def _reachable(settings: WorkerSettings) -> str:
 def verify_gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     handshake(name="WebSocket handshake through the public port", probe=fleet.probe(settings))
     sandboxed(name="nginx runs in its sandbox", wanted=settings.sandbox)
+    descriptors(name="nginx may open the files that it counts on")
 
 
 @operation()
@@ -172,6 +173,51 @@ def sandbox_message(*, wanted: bool, mounted: str) -> str | None:
     return (
         f"nginx {state} until it is started anew, which closes its sockets: systemctl restart nginx"
     )
+
+
+# What the configuration wants, what each worker process has, and whether SELinux enforces.
+_DESCRIPTORS = r"""
+sed -n 's/^ *worker_rlimit_nofile  *\([0-9]*\);.*/wanted \1/p' /etc/nginx/nginx.conf
+for pid in $(pgrep -P "$(cat /run/nginx.pid)"); do
+    grep -aq 'shutting down' "/proc/$pid/cmdline" ||
+        awk '/^Max open files/ { print "has", $4 }' "/proc/$pid/limits"
+done
+echo "selinux $(getenforce 2>/dev/null || echo absent)"
+"""
+
+
+@operation()
+def descriptors() -> Commands:
+    """Says so where nginx's worker processes got fewer descriptors than its configuration counts
+    on: a reload cannot always raise the limit, and nginx goes on without. Changes nothing.
+    """
+    if executing():
+        _, output = ask(quoted("sh", "-c", _DESCRIPTORS))
+        message = descriptors_message(output.stdout_lines)
+        if message:
+            host.log(message)
+    yield from ()
+
+
+def descriptors_message(lines: Iterable[str]) -> str | None:
+    """What to tell of the limits that were found. Pure."""
+    rows = [line.split() for line in lines]
+    found = {
+        key: [row[1] for row in rows if len(row) == 2 and row[0] == key]
+        for key in ("wanted", "has", "selinux")
+    }
+    has = min((int(value) for value in found["has"]), default=0)
+    wanted = int(found["wanted"][0]) if found["wanted"] else 0
+    if not has or has >= wanted:
+        return None
+    short = f"nginx's worker processes may open {has} files, not the {wanted} that were declared"
+    if found["selinux"] == ["Enforcing"]:
+        return (
+            f"{short}: SELinux keeps a running nginx from raising its limit; set "
+            "selinux_allow_setrlimit = True in group_data/gateways.py, and deploy, or at a quiet "
+            "time, as it closes all sockets: systemctl restart nginx"
+        )
+    return f"{short}: this host allows no more; see: systemctl show nginx -p LimitNOFILE"
 
 
 @dataclass(frozen=True)

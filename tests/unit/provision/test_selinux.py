@@ -49,6 +49,15 @@ def test_booleans(found: list[str], expected: list[str]) -> None:
     assert run(selinux.booleans, {"getsebool": found}, wanted=["a", "b"]) == expected
 
 
+def test_nginx_is_reloaded_once_it_may_raise_its_limit() -> None:
+    commands = run(
+        selinux.booleans,
+        {"getsebool": [f"{selinux.SETRLIMIT} --> off"]},
+        wanted=[selinux.SETRLIMIT],
+    )
+    assert commands[-1] == "rm -f -- /var/lib/gpu-gateway/applied"
+
+
 PORTS = [
     "http_port_t                    tcp      80, 443, 8008, 8009, 8443",
     "tor_port_t                     tcp      6969, 9001, 9030, 9050",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from provision.verify import Sighting, diagnose
+from provision.verify import Sighting, descriptors_message, diagnose
 
 DENIED = (
     "nginx: active",
@@ -60,3 +60,21 @@ def test_a_dead_nginx_is_said() -> None:
 
 def test_an_unknown_failure_points_at_the_log() -> None:
     assert "error.log" in diagnose(sighting("nginx: active"))[-1]
+
+
+@pytest.mark.parametrize(
+    ("has", "selinux", "said"),
+    [
+        ("2000", "Enforcing", None),
+        ("1000", "Enforcing", "selinux_allow_setrlimit = True"),
+        ("1000", "Permissive", "this host allows no more"),
+        ("1000", "absent", "this host allows no more"),
+    ],
+)
+def test_fewer_descriptors_than_declared_are_told(has: str, selinux: str, said: str | None) -> None:
+    found = descriptors_message(["wanted 2000", "has 2000", f"has {has}", f"selinux {selinux}"])
+    assert (said in found) if said and found else found is said
+
+
+def test_nothing_is_told_of_descriptors_where_nothing_was_found() -> None:
+    assert descriptors_message(["wanted 2000", "selinux absent"]) is None
