@@ -60,7 +60,9 @@ _furnish() {
     local folder file
     mount -t tmpfs -o mode=700 gateway-trial "$apart" || return 1
     for folder in $(printf '%s\n' "${conf%/*}" "${@%/*}" | sort -u); do
-        mkdir -p "$folder" "$apart/tree$folder" && cp -a "$folder/." "$apart/tree$folder" &&
+        mkdir -p "$folder" "$apart/tree$folder" || return 1
+        [[ ! $folder -ef $apart/tree$folder ]] || continue  # below one that is a copy already
+        cp -a "$folder/." "$apart/tree$folder" &&
             mount --bind "$apart/tree$folder" "$folder" || return 1
     done
     for file; do
