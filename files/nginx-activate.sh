@@ -182,7 +182,7 @@ find_pruned() {
     local file
     while IFS= read -r file; do
         [[ ! -e $file || " ${declared[*]} " == *" $file "* ]] || pruned+=("$file")
-    done < <(cat "$state/managed" 2>/dev/null)
+    done < <(sort -u "$state/managed" 2>/dev/null)
 }
 
 # Everything that would need space on a disk, before anything is touched.
