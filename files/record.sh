@@ -63,20 +63,23 @@ note_file() {
     note file "$1" found "$found"
 }
 
-# Name and version of what is installed.
+# Name and version of what is installed. Keys that packages are believed by are entries of the same
+# name: theirs holds the version.
 packages() {
     if command -v dnf >/dev/null || command -v yum >/dev/null; then
-        rpm -qa --queryformat '%{NAME}\t%{VERSION}-%{RELEASE}\n'
+        rpm -qa --queryformat '%{NAME}\t%{VERSION}-%{RELEASE}\n' |
+            sed 's/^gpg-pubkey\t\(.*\)/gpg-pubkey-\1\t\1/'
     else
         dpkg-query --show --showformat '${db:Status-Abbrev}\t${Package}\t${Version}\n' |
             sed -n 's/^ii *\t//p'
     fi | LC_ALL=C sort -u
 }
 
+version_of() { awk -F '\t' -v name="$1" '$1 == name { print $2; exit }' "$record/packages"; }
+
 names() {
     case $1 in
-        # Keys that dnf imported are no packages that it would remove.
-        package) packages | cut -f 1 | grep -vx gpg-pubkey | LC_ALL=C sort -u ;;
+        package) cut -f 1 "$record/packages" | LC_ALL=C sort -u ;;
         user) cut -d : -f 1 /etc/passwd | LC_ALL=C sort ;;
         group) cut -d : -f 1 /etc/group | LC_ALL=C sort ;;
     esac
@@ -87,21 +90,23 @@ note_packages() {
     packages >"$record/packages" || exit 1
     for package; do
         known package "$package" && continue
-        found=$(awk -F '\t' -v name="$package" '$1 == name { print $2; exit }' "$record/packages")
+        found=$(version_of "$package")
         note package "$package" found "${found:-absent}"
     done
-    rm -f "$record/packages"
     for kind in package user group; do names $kind >"$record/before.$kind"; done
+    rm -f "$record/packages"
 }
 
 # PACKAGE: what came since then came with it: what it needs, and users.
 note_came() {
     [ -e "$record/before.group" ] || exit 0
+    packages >"$record/packages" || exit 1
     for kind in package user group; do
         names $kind | LC_ALL=C comm -13 "$record/before.$kind" - >"$record/came"
         while IFS= read -r name; do note package "$1" "came-$kind" "$name"; done <"$record/came"
     done
-    rm -f "$record/came" "$record"/before.*
+    note package "$1" wrote "$(version_of "$1")"
+    rm -f "$record/came" "$record/packages" "$record"/before.*
 }
 
 # KIND (user, group) NAME

@@ -74,27 +74,27 @@ def gone() -> Commands:
     yield quoted("systemctl", "daemon-reload")
 
 
-def _bracketed(address: str) -> str:
-    return f"[{address}]" if ":" in address else address
-
-
 def targets(fleet: Fleet) -> list[dict[str, Any]]:
-    """Whom to scrape, for Prometheus' `file_sd_configs`: label `job` says what they are. Pure."""
-    gateways = {
-        name: f"{_bracketed(fleet.addresses[name])}:{gateway.metrics_port}"
+    """Whom to scrape, for Prometheus' `file_sd_configs`: labels say what they are. Pure."""
+    gateways = [
+        _target(fleet, name, gateway.metrics_port, job="gateway")
         for name, gateway in fleet.gateways.items()
         if gateway.metrics_port
-    }
-    workers = {
-        f"{name}:{port}": f"{_bracketed(fleet.addresses[name])}:{port}"
-        for name, worker in fleet.workers.items()
-        for port in fleet.ports(worker)
-    }
-    return [
-        {"targets": [address], "labels": {"job": job, "host": name.partition(":")[0]}}
-        for job, found in (("gateway", gateways), ("worker", workers))
-        for name, address in found.items()
     ]
+    workers = [
+        _target(fleet, name, port, job="worker", service=found.service)
+        for name, worker in fleet.workers.items()
+        for found in fleet.assignments(worker)
+        for port in found.settings.ports
+    ]
+    return [*gateways, *workers]
+
+
+def _target(fleet: Fleet, name: str, port: int, **labels: str) -> dict[str, Any]:
+    address = fleet.addresses[name]
+    place = f"[{address}]" if ":" in address else address
+    said = {key: value for key, value in labels.items() if value}
+    return {"targets": [f"{place}:{port}"], "labels": {"host": name, **said}}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -104,6 +104,12 @@ def main(arguments: Sequence[str]) -> int:
     except preflight.RefusedError as error:
         print(error, file=sys.stderr)
         return 1
+    for name in fleet.asked_for_gpus():
+        print(
+            f"{name}: its ports follow from its GPUs, which only a deploy asks for; the first one "
+            "alone is named here",
+            file=sys.stderr,
+        )
     print(json.dumps(targets(fleet), indent=1))
     return 0
 

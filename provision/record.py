@@ -48,26 +48,23 @@ STATE = "/var/lib/gpu-gateway"
 FOLDER = f"{STATE}/record"
 JOURNAL = f"{FOLDER}/journal"
 
-# Folders that hold nothing but what this project generates: what they are, as the operator is told.
-# They go whole, also from hosts that were deployed before there was a record.
+# Folders that hold nothing but what this project generates, and what that is. They go whole, also
+# from hosts that were deployed before there was a record; so does all in `STATE` but the record.
 TREES: Mapping[str, str] = {
     "/opt/gpu-service": "environments and packages",
     "/var/cache/gpu-service": "caches of the workers",
     "/run/gpu-workers": "sockets of the workers",
-    f"{STATE}/previous": "the configuration before the last change",
+    "/run/gpu-gateway": "trials of nginx's configurations",
     ACME_WEBROOT: "answers to an ACME authority",
 }
 
 # The same, for folders that the operator may want to keep.
-KEPT_TREES: Mapping[str, str] = {
-    "/var/lib/gpu-service": "models and training runs",
-    f"{STATE}/acme": "the account at an ACME authority, and its certificates",
-}
+KEPT_TREES: Mapping[str, str] = {"/var/lib/gpu-service": "models and training runs"}
 
 
 def is_generated(path: str) -> bool:
     """Whether it goes with a whole folder, so that nothing has to be noted of it."""
-    return any(f"{path}/".startswith(f"{tree}/") for tree in (*TREES, *KEPT_TREES))
+    return any(f"{path}/".startswith(f"{tree}/") for tree in (*TREES, *KEPT_TREES, STATE))
 
 
 def _note(verb: str, *words: str) -> StringCommand:

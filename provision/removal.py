@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pyinfra import host
@@ -26,6 +26,7 @@ NGINX_CONF = "/etc/nginx/nginx.conf"
 TRAINING = "gpu-training.service"
 LOGS = "/var/log/nginx"
 UNITS = "/etc/systemd/system"
+RECORD = posixpath.basename(record.FOLDER)
 STATE_TREE = "/var/lib/gpu-service"
 
 # What nginx reads, so that it stays where nginx stays as it is.
@@ -142,9 +143,9 @@ class ForeignConfiguration(FactBase[tuple[str, ...]]):
 
 @dataclass(frozen=True, kw_only=True)
 class Leaving:
-    """Packages of a list that are installed, and what else needs them, if anything does."""
+    """Packages of a list that are installed, with their versions; what else needs them."""
 
-    installed: tuple[str, ...] = ()
+    installed: Mapping[str, str] = field(default_factory=dict)
     obstacles: tuple[str, ...] = ()
 
 
@@ -154,11 +155,16 @@ class LeavingPackages(FactBase[Leaving]):
     @override
     def command(self, packages: Iterable[str]) -> StringCommand:
         return script(
-            "command -v dnf >/dev/null || command -v yum >/dev/null || exit 0; "
+            "if command -v dnf >/dev/null || command -v yum >/dev/null; then "
             'set -- $(for p; do rpm -q --queryformat "%{NAME}\\n" -- "$p" 2>/dev/null | '
-            'grep -xF -- "$p"; done | sort -u); '
-            '[ $# -gt 0 ] || exit 0; printf "+%s\\n" "$@"; '
-            'rpm -e --test -- "$@" 2>&1 | grep "is needed by"; true',
+            'sed "s/^gpg-pubkey$/$p/" | grep -xF -- "$p"; done | sort -u); '
+            "[ $# -gt 0 ] || exit 0; "
+            'for p; do rpm -q --queryformat "+$p %{VERSION}-%{RELEASE}\\n" -- "$p"; done; '
+            'rpm -e --test -- "$@" 2>&1 | grep "is needed by"; true; else '
+            'set -- $(dpkg-query --show --showformat "\\${db:Status-Abbrev} \\${Package}\\n" '
+            "-- \"$@\" 2>/dev/null | sed -n 's/^ii *//p'); [ $# -gt 0 ] || exit 0; "
+            'dpkg-query --show --showformat "+\\${Package} \\${Version}\\n" -- "$@"; '
+            'dpkg --dry-run --remove -- "$@" 2>&1 | grep " depends on "; true; fi',
             *packages,
         )
 
@@ -169,10 +175,52 @@ class LeavingPackages(FactBase[Leaving]):
 
     @override
     def process(self, output: list[str]) -> Leaving:
+        pairs = (line[1:].partition(" ") for line in output if line.startswith("+"))
         return Leaving(
-            installed=tuple(line[1:] for line in output if line.startswith("+")),
+            installed={name: version for name, _, version in pairs},
             obstacles=tuple(" ".join(line.split()) for line in output if line[:1] != "+"),
         )
+
+
+# Exactly these: what the package manager thinks is no longer needed stays. Debian's nginx would
+# take its logs along.
+_UNINSTALL = """
+if command -v dnf >/dev/null || command -v yum >/dev/null; then
+    for name; do
+        shift
+        case $name in
+            gpg-pubkey-*) rpm -e -- "$name" || exit 1 ;;
+            *) set -- "$@" "$name" ;;
+        esac
+    done
+    [ $# -gt 0 ] || exit 0
+    exec yum remove -y --setopt=clean_requirements_on_remove=False -- "$@"
+fi
+logs=/var/log/nginx
+[ ! -d $logs ] || mv -T $logs $logs.kept || exit 1
+DEBIAN_FRONTEND=noninteractive apt-get purge -y --quiet --no-auto-remove -- "$@"
+status=$?
+[ ! -d $logs.kept ] || { rm -rf $logs && mv -T $logs.kept $logs; }
+exit $status
+"""
+
+
+class LabelledPorts(FactBase[frozenset[str]]):
+    """Ports that somebody labelled on this host, as the record writes them: `TYPE tcp PORT`."""
+
+    @override
+    def command(self) -> StringCommand:
+        return script("command -v semanage >/dev/null && semanage port -l -n -C; true")
+
+    @staticmethod
+    @override
+    def default() -> frozenset[str]:
+        return frozenset()
+
+    @override
+    def process(self, output: list[str]) -> frozenset[str]:
+        rows = [line.replace(",", " ").split() for line in output]
+        return frozenset(f"{row[0]} {row[1]} {port}" for row in rows for port in row[2:])
 
 
 class Accounts(FactBase[frozenset[str]]):
@@ -391,12 +439,13 @@ def selinux_as_found() -> Commands:
         if boolean in states and states[boolean].active != (value == "on"):
             _say([f"switches {boolean} {value}"])
             yield quoted("setsebool", "-P", boolean, value)
-    for port in noted.of("port"):
-        kind, protocol, number = port.split()
+    ports = list(noted.of("port"))
+    labelled = host.get_fact(LabelledPorts) if ports else frozenset()
+    if stale := [port for port in ports if port in labelled]:
+        _say(f"takes the label {port.split()[0]} from port {port.split()[2]}" for port in stale)
         yield script(
-            'semanage port -l -C 2>/dev/null | grep -Eq "^$1 +$2 .*\\b$3\\b" || exit 0; '
-            'semanage port -d -t "$1" -p "$2" "$3"',
-            *(kind, protocol, number),
+            'printf "%s\\n" "$@" | semanage import',
+            *(f"port -d -p {port.split()[1]} {port.split()[2]}" for port in stale),
         )
 
 
@@ -444,10 +493,20 @@ def packages_go() -> Commands:
         leaving = host.get_fact(LeavingPackages, packages=names)
         if leaving.installed and not leaving.obstacles:
             _say(f"uninstalls {name}" for name in leaving.installed)
-            yield script(
-                'exec yum remove -y --setopt=clean_requirements_on_remove=False -- "$@"',
-                *leaving.installed,
-            )
+            yield script(_UNINSTALL, *leaving.installed)
+
+
+def replaced_packages(noted: Record, installed: Mapping[str, str]) -> list[Left]:
+    """Packages that were there in another version, which a deploy replaced. Pure."""
+    return [
+        Left(
+            what=f"package {name} {installed[name]}",
+            why=f"it was {found} before the first deploy; put that back with your package manager",
+        )
+        for name, found in noted.of("package").items()
+        if found not in ("absent", installed.get(name))
+        and installed.get(name) in noted.wrote.get(("package", name), ())
+    ]
 
 
 def folders_of(noted: Record, keep: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -466,12 +525,14 @@ def folders_go(keep: frozenset[str]) -> Commands:
     fate, _ = _fate(noted, _files(noted))
     if fate is Fate.GONE and "logs" not in keep:
         whole.append(LOGS)
-    there = host.get_fact(facts.FolderStates, paths=(*whole, *made))
+    of_gateway = host.get_fact(facts.NewestFirst, paths=(record.STATE,)).get(record.STATE, [])
+    whole += [f"{record.STATE}/{name}" for name in of_gateway if name != RECORD]
+    there = host.get_fact(facts.Paths, paths=tuple(whole))
     present = [path for path in whole if path in there]
     if present:
         _say(f"removes {path}" for path in present)
         yield quoted("rm", "-rf", "--", *present)
-    empty = host.get_fact(EmptyFolders, paths=tuple(path for path in made if path in there))
+    empty = host.get_fact(EmptyFolders, paths=tuple(made))
     if empty:
         _say(f"removes {path}" for path in empty)
         yield script('for p; do rmdir -- "$p" || exit 1; done', *empty)
@@ -558,8 +619,11 @@ def left_on(noted: Record, keep: frozenset[str]) -> list[Left]:
     for names in _installed_here(noted, fate).values():
         leaving = host.get_fact(LeavingPackages, packages=names)
         left += [
-            Left(what=f"package {leaving.installed[0]}", why=line) for line in leaving.obstacles
+            Left(what=f"package {', '.join(leaving.installed)}", why=line)
+            for line in leaving.obstacles[:3]
         ]
+    now = host.get_fact(LeavingPackages, packages=tuple(noted.of("package")))
+    left += replaced_packages(noted, now.installed)
     if not executing():  # what is in the folders now goes first
         return left
     _, made = folders_of(noted, keep)

@@ -29,7 +29,7 @@ def uninstall(deployment: Deployment, *arguments: str, **data: object) -> Run:
 
 
 def test_prometheus_reads_nginx_s_counters_on_the_gateway(deployment: Deployment) -> None:
-    deployed = deployment.run(**METRICS)
+    deployed = deployment.run(**METRICS, timeout_s=600)  # the first, where this file runs alone
     assert deployed.returncode == 0, deployed.output
     text = deployment.on("gw1", "curl", "-s", "http://127.0.0.1:9113/metrics")
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -51,7 +51,7 @@ def test_it_says_what_it_would_do_and_does_nothing(deployment: Deployment) -> No
         env=deployment.environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     said = dry.stdout + dry.stderr
     assert dry.returncode == 0, said
@@ -91,7 +91,7 @@ def test_what_somebody_changed_is_named_and_left_also_by_a_run_that_was_cut(
     cut.wait(timeout=60)
     cut.stdout.close()
     assert cut.returncode == -signal.SIGKILL
-    finished = uninstall(deployment)
+    finished = uninstall(deployment, keep="nothing")
     assert finished.returncode == 0, finished.output
     assert f"{ENV_FILE} stays: somebody changed it since the last deploy" in finished.output
     assert "# mine" in deployment.on("gpu1", "cat", ENV_FILE)

@@ -248,6 +248,14 @@ def test_counters_of_nginx_are_on_loopback_alone(gateway: Target) -> None:
     assert [line.split()[3] for line in listening] == [f"127.0.0.1:{port}"]
 
 
+def test_prometheus_gets_the_counters_where_it_is_to(gateway: Target) -> None:
+    port = gateway.settings.metrics_port
+    if port is None:
+        return
+    text = gateway.host.check_output(f"curl -s http://localhost:{port}/metrics")
+    assert "\nnginx_up 1\n" in text
+
+
 def test_key_of_a_self_signed_certificate_is_roots_alone(gateway: Target) -> None:
     if not gateway.settings.tls_self_signed:
         return

@@ -2,6 +2,7 @@
 folder in place of the host's), and that operations note before they change, and only then.
 """
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -23,9 +24,20 @@ class Host:
     def note(self, *words: str) -> None:
         text = rendering.shell("record.sh").replace(record.STATE, str(self.state))
         result = subprocess.run(
-            ["sh", "-c", text, "record", *words], capture_output=True, text=True
+            ["sh", "-c", text, "record", *words],
+            env={**os.environ, "PATH": f"{self.root}/bin:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
         )
         assert (result.returncode, result.stderr) == (0, "")
+
+    def install(self, packages: str) -> None:
+        """A package manager that has these, a line each."""
+        (self.root / "bin").mkdir(exist_ok=True)
+        for name, text in (("dnf", ""), ("rpm", f"printf '%s' '{packages}'")):
+            program = self.root / "bin" / name
+            program.write_text(f"#!/bin/sh\n{text}\n")
+            program.chmod(0o755)
 
     def record(self) -> record.Record:
         return record.parse((self.folder / "journal").read_text().splitlines())
@@ -96,6 +108,22 @@ def test_accounts_are_noted_as_they_were(host: Host) -> None:
     found = host.record()
     assert found.of("user") == {"root": "present"}
     assert found.of("group") == {"nobody-has-this": "absent"}
+
+
+def test_what_an_installation_brings_is_noted_and_what_was_there_is_not(host: Host) -> None:
+    host.install("bash\t5.1-1\nnginx-filesystem\t1.20-1\n")
+    host.note("packages", "nginx")
+    host.install(
+        "bash\t5.1-1\nnginx-filesystem\t1.20-1\nnginx\t1.20-1\nnginx-core\t1.20-1\n"
+        "gpg-pubkey\tabc-1\n"
+    )
+    host.note("came", "nginx")
+    host.install("bash\t5.1-1\n")  # whatever is there later
+    host.note("packages", "nginx")
+    found = host.record()
+    assert found.of("package") == {"nginx": "absent"}
+    assert found.came["nginx"] == {"package": ("gpg-pubkey-abc-1", "nginx", "nginx-core")}
+    assert found.wrote["package", "nginx"] == {"1.20-1"}
 
 
 def test_a_host_that_was_deployed_before_says_so(host: Host) -> None:

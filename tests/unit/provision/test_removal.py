@@ -22,7 +22,11 @@ CONF = removal.NGINX_CONF
 def run(operation: Callable[..., Any], answers: Answers, **arguments: Any) -> list[str]:
     """What an operation commands; questions of this module are left out, too."""
     commands = test_operations.run(operation, answers, **arguments)
-    return [c for c in commands if "sites-enabled" not in c and "rpm -e --test" not in c]
+    return [
+        c
+        for c in commands
+        if "sites-enabled" not in c and "rpm -e --test" not in c and "semanage port" not in c
+    ]
 
 
 def noted(*lines: str) -> Record:
@@ -144,16 +148,35 @@ def test_an_nginx_whose_configuration_is_somebody_elses_is_not_touched() -> None
     answers["systemctl show"] = unit("active", "enabled")
     assert run(removal.nginx_as_found, answers) == []
     assert run(removal.files_as_found, answers) == []
-    assert run(removal.packages_go, {**answers, "rpm -e": ["+nginx"]}) == []
+    assert run(removal.packages_go, {**answers, "rpm -e": ["+nginx 1.26-1"]}) == []
 
 
 def test_packages_that_something_needs_stay() -> None:
     answers = journal(*REPLACED, *INSTALLED, **{CONF: "old"})
-    (command,) = run(removal.packages_go, {**answers, "rpm -e": ["+nginx"]})
+    (command,) = run(removal.packages_go, {**answers, "rpm -e": ["+nginx 1.26-1"]})
     assert "yum remove" in command
     assert command.endswith(" nginx")
-    needed = ["+nginx", "\tnginx is needed by (installed) shop-1.0"]
+    needed = ["+nginx 1.26-1", "\tnginx is needed by (installed) shop-1.0"]
     assert run(removal.packages_go, {**answers, "rpm -e": needed}) == []
+
+
+def test_a_package_that_a_deploy_brought_to_another_version_is_named() -> None:
+    found = noted("package | nginx | found | 1.20-1", "package | nginx | wrote | 1.26-1")
+    (left,) = removal.replaced_packages(found, {"nginx": "1.26-1"})
+    assert str(left).startswith("package nginx 1.26-1 stays: it was 1.20-1 before")
+    # Somebody else's update, and none at all.
+    assert removal.replaced_packages(found, {"nginx": "1.28-1"}) == []
+    assert removal.replaced_packages(found, {"nginx": "1.20-1"}) == []
+
+
+def test_labels_of_ports_go_where_they_are_still_there() -> None:
+    lines = ("port | http_port_t tcp 9005 | found | absent",)
+    labels = ["http_port_t                    tcp      9005, 9007"]
+    (command,) = run(removal.selinux_as_found, {**journal(*lines), "semanage port -l": labels})
+    assert "semanage import" in command
+    assert "port -d -p tcp 9005" in command
+    assert "9007" not in command
+    assert run(removal.selinux_as_found, journal(*lines)) == []
 
 
 def test_users_go_that_were_made_here_and_no_others() -> None:
