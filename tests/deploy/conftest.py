@@ -7,14 +7,13 @@ cached; results never are.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +39,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no lab here: {'; '.join(problems)}"))
 
 
-# Everything of a host that a deploy could change: files with mode, owner and (in /etc) digest;
-# packages, users, units, the firewall. Left out is what package manager and systemd keep for
-# themselves, copies that useradd makes, and firewalld's own of a zone that was ever changed.
-_LISTING = """
-cd /
-find etc opt usr/lib/systemd usr/lib64 usr/libexec usr/local usr/sbin usr/share/nginx var/lib \
-    var/cache var/log/nginx var/www ! -path 'var/lib/dnf*' ! -path 'var/lib/rpm/*' \
-    ! -path 'var/cache/dnf*' ! -path 'var/lib/systemd*' ! -path 'var/lib/private*' \
-    ! -path 'var/cache/private*' ! -path 'etc/*-' ! -path etc/.pwd.lock \
-    ! -path 'var/lib/logrotate*' ! -path 'etc/firewalld/zones/*' \\
-    -printf 'file %y %m %u %g %p %l\n' 2>/dev/null
-find etc -type f ! -path 'etc/*-' ! -path etc/.pwd.lock ! -path 'etc/firewalld/zones/*' \\
-    -exec sha256sum {} +
-rpm -qa | sed 's/^/package /'
-getent passwd
-getent group
-systemctl list-unit-files --no-legend --plain | grep -v transient
-firewall-cmd --list-all | sed 's/^/firewall, now: /'
-firewall-cmd --permanent --list-all | sed 's/^/firewall: /'
-"""
-
-
 @dataclass(frozen=True)
 class Run:
     """What one run of pyinfra came to."""
@@ -71,15 +48,13 @@ class Run:
     changed: dict[str, list[str]]  # host -> operations that changed it, or would with --dry
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Deployment:
     """The lab's hosts and the command that deploys to them."""
 
     hosts: dict[str, InventoryHost]
     gateway_url: str
     model: Path
-    # What each host was like before the first deploy.
-    found: dict[str, frozenset[str]] = field(default_factory=dict)
     inventory: str = "inventory.py"
 
     def command(self, *arguments: str, deploy: str = "deploy.py", **data: object) -> list[str]:
@@ -117,10 +92,6 @@ class Deployment:
         if check and result.returncode:
             raise AssertionError(f"{host}: {' '.join(command)}: {result.stdout}{result.stderr}")
         return result.stdout
-
-    def listing(self, host: str) -> frozenset[str]:
-        """What of the host a deploy could change, a line each."""
-        return frozenset(self.on(host, "bash", "-c", _LISTING).splitlines())
 
 
 def as_argument(value: object) -> str:
@@ -165,7 +136,6 @@ def deployment(trained: Path) -> Iterator[Deployment]:
     try:
         hosts = lab.inventory(LAB)
         gateway = hosts["gw1"]["ssh_hostname"]
-        fresh = Deployment(hosts=hosts, gateway_url=f"ws://{gateway}:8009", model=trained)
-        yield dataclasses.replace(fresh, found={host: fresh.listing(host) for host in hosts})
+        yield Deployment(hosts=hosts, gateway_url=f"ws://{gateway}:8009", model=trained)
     finally:
         lab_command("down")

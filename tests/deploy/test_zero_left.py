@@ -1,35 +1,90 @@
-"""The last of this folder: what deploys made is taken away, and the hosts are as they were found.
-
-It ends with bare hosts. What `uninstall.py` finds was changed by all that the other files did.
+"""What deploys made is taken away, and the hosts are as they were found: compared with a listing of
+bare hosts, before the first deploy. Metrics of nginx on the way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from tests.deploy.conftest import CHECKOUT, Deployment, Run
+import lab
+from tests.deploy.conftest import CHECKOUT, LAB, Deployment, Run
 
+HOSTS = f"{LAB}z"
 METRICS = {"status_port": 8008, "metrics_port": 9113}
 ENV_FILE = "/etc/gpu-service/worker-9005.env"
 JOURNAL = "/var/lib/gpu-gateway/record/journal"
 
-# What tests did as operators, beside the deploys.
-_OTHER_TESTS = """
-userdel -r ops; rm -f /etc/sudoers.d/ops /etc/nginx/default.d/foreign.conf
-find /etc/pki/gpu-gateway -type f ! -name 'self-signed.*' -delete
-true
+# Everything of a host that a deploy could change: files with mode, owner and (in /etc) digest;
+# packages, users, units, the firewall. Left out is what package manager and systemd keep for
+# themselves, copies that useradd makes, and firewalld's own of a zone that was ever changed.
+_LISTING = """
+cd /
+find etc opt usr/lib/systemd usr/lib64 usr/libexec usr/local usr/sbin usr/share/nginx var/lib \
+    var/cache var/log/nginx var/www ! -path 'var/lib/dnf*' ! -path 'var/lib/rpm/*' \
+    ! -path 'var/cache/dnf*' ! -path 'var/lib/systemd*' ! -path 'var/lib/private*' \
+    ! -path 'var/cache/private*' ! -path 'etc/*-' ! -path etc/.pwd.lock \
+    ! -path 'var/lib/logrotate*' ! -path 'etc/firewalld/zones/*' \\
+    -printf 'file %y %m %u %g %p %l\n' 2>/dev/null
+find etc -type f ! -path 'etc/*-' ! -path etc/.pwd.lock ! -path 'etc/firewalld/zones/*' \\
+    -exec sha256sum {} +
+rpm -qa | sed 's/^/package /'
+getent passwd
+getent group
+systemctl list-unit-files --no-legend --plain | grep -v transient
+firewall-cmd --list-all | sed 's/^/firewall, now: /'
+firewall-cmd --permanent --list-all | sed 's/^/firewall: /'
 """
 
 
-def uninstall(deployment: Deployment, *arguments: str, **data: object) -> Run:
+@dataclass(frozen=True)
+class Bare(Deployment):
+    """Hosts that nobody deployed to, and what they are like."""
+
+    found: dict[str, frozenset[str]]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**super().environment, "GATEWAY_LAB": HOSTS}
+
+    def listing(self, host: str) -> frozenset[str]:
+        """What of the host a deploy could change, a line each."""
+        return frozenset(self.on(host, "bash", "-c", _LISTING).splitlines())
+
+
+def lab_command(*arguments: str) -> None:
+    command = [sys.executable, "-m", "lab", "--name", HOSTS, *arguments]
+    subprocess.run(command, cwd=CHECKOUT, check=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def deployment(trained: Path) -> Iterator[Bare]:
+    """Two hosts of this file's own: other files do things to theirs that no deploy does."""
+    command = [sys.executable, "-m", "provision.wheelhouse", "build", "--if-missing"]
+    subprocess.run(command, cwd=CHECKOUT, check=True, timeout=900)
+    lab_command("down")
+    lab_command("up")
+    try:
+        hosts = lab.inventory(HOSTS)
+        fresh = Bare(hosts=hosts, gateway_url="", model=trained, found={})
+        yield dataclasses.replace(fresh, found={host: fresh.listing(host) for host in hosts})
+    finally:
+        lab_command("down")
+
+
+def uninstall(deployment: Bare, *arguments: str, **data: object) -> Run:
     return deployment.run(*arguments, deploy="uninstall.py", **data)
 
 
-def test_prometheus_reads_nginx_s_counters_on_the_gateway(deployment: Deployment) -> None:
-    deployed = deployment.run(**METRICS, timeout_s=600)  # the first, where this file runs alone
+def test_prometheus_reads_nginx_s_counters_on_the_gateway(deployment: Bare) -> None:
+    deployed = deployment.run(**METRICS, timeout_s=600)
     assert deployed.returncode == 0, deployed.output
     text = deployment.on("gw1", "curl", "-s", "http://127.0.0.1:9113/metrics")
     found = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -42,9 +97,7 @@ def test_prometheus_reads_nginx_s_counters_on_the_gateway(deployment: Deployment
     assert deployment.run(**METRICS).changed == {}
 
 
-def test_it_says_what_it_would_do_and_does_nothing(deployment: Deployment) -> None:
-    deployment.on("gw1", "sh", "-c", _OTHER_TESTS)
-    deployment.on("gpu1", "sh", "-c", _OTHER_TESTS)
+def test_it_says_what_it_would_do_and_does_nothing(deployment: Bare) -> None:
     dry = subprocess.run(
         [*deployment.command("--dry", deploy="uninstall.py")],
         cwd=CHECKOUT,
@@ -71,7 +124,7 @@ def test_it_says_what_it_would_do_and_does_nothing(deployment: Deployment) -> No
 
 
 def test_what_somebody_changed_is_named_and_left_also_by_a_run_that_was_cut(
-    deployment: Deployment,
+    deployment: Bare,
 ) -> None:
     deployment.on("gw1", "firewall-cmd", "--quiet", "--permanent", "--add-port=9999/tcp")
     deployment.on("gpu1", "sh", "-c", f"echo '# mine' >>{ENV_FILE}")
@@ -100,7 +153,7 @@ def test_what_somebody_changed_is_named_and_left_also_by_a_run_that_was_cut(
     assert "9999/tcp" in deployment.on("gw1", "firewall-cmd", "--permanent", "--list-ports")
 
 
-def test_nothing_is_left_of_it(deployment: Deployment) -> None:
+def test_nothing_is_left_of_it(deployment: Bare) -> None:
     deployment.on("gw1", "firewall-cmd", "--quiet", "--permanent", "--remove-port=9999/tcp")
     deployment.on("gpu1", "rm", ENV_FILE)
     last = uninstall(deployment, keep="nothing")
@@ -113,7 +166,7 @@ def test_nothing_is_left_of_it(deployment: Deployment) -> None:
 
 
 @pytest.mark.parametrize("keep", ["models;logs", "everything"])
-def test_what_cannot_be_kept_is_refused(deployment: Deployment, keep: str) -> None:
+def test_what_cannot_be_kept_is_refused(deployment: Bare, keep: str) -> None:
     refused = uninstall(deployment, keep=keep)
     assert refused.returncode != 0
     assert "it may be logs, models" in refused.output
