@@ -14,8 +14,8 @@ class WatchGRU(nn.Module):
 
     `movement` [n, 25, 6]: acceleration in g along x, y, z, then rotation around them in rad/s, as a
     watch measures them 50 times a second. `left` [n] bool: it is worn on the left wrist. Then the
-    state: `recent` [n, 25, 6], the last seconds before, and `hidden` [n, hidden], what is remembered
-    of all that came. Returns logits [n, classes] and the new state.
+    state: `recent` [n, 25, 6], the last seconds before, and `hidden` [n, hidden], remembered of all
+    that came before. Returns logits [n, classes] and the new state.
     """
 
     def __init__(
