@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from filelock import FileLock
 from packaging.utils import parse_wheel_filename
 
 from provision.rendering import CHECKOUT
@@ -246,6 +247,12 @@ def main() -> int:
         machine=options.machine,
         packages=tuple(options.package),
     )
+    ROOT.mkdir(exist_ok=True)
+    with FileLock(ROOT / ".lock"):  # two at once would write the same folder beside
+        return _make(options, target)
+
+
+def _make(options: argparse.Namespace, target: Target) -> int:
     try:
         if options.if_missing:
             try:

@@ -1,7 +1,7 @@
 """What several rooms of tests need: one real training run, and who may run beside whom.
 
-`make test` runs two processes at once (pytest-xdist). What shares hosts or a machine's labs is one
-group, which one process runs in order; else each file is.
+`make test` runs two processes at once (pytest-xdist). What shares hosts is one group, which one
+process runs in order; else each file is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,20 @@ from xdist.scheduler import LoadScopeScheduling
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
-# Each of their tests wants the machine's labs for itself, or all of its cores.
-_GROUPS = {"deploy": "labs", "hosts": "labs", "lab": "labs", "training": "training"}
+# By file, else by folder. Deploys wait more than they compute: two groups of them run beside each
+# other, each on hosts of its own (tests/deploy/conftest.py). Training wants all cores for itself.
+_GROUPS = {
+    "deploy": "hosts",
+    "hosts": "hosts",
+    "lab": "hosts",
+    "deploy/test_services.py": "more hosts",
+    "deploy/test_sockets.py": "more hosts",
+    "deploy/test_tls.py": "more hosts",
+    "deploy/test_train.py": "more hosts",
+    "deploy/test_worker_settings.py": "more hosts",
+    "deploy/test_zero_left.py": "more hosts",
+    "training": "training",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,16 +40,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-class _ByRoom(LoadScopeScheduling):
-    """Gives one process all tests of a group, or of a file, in their order."""
+class _ByGroup(LoadScopeScheduling):
+    """Gives one process all tests of a group, or of a file, in their order; the longest first."""
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False  # deploys come first, as they are collected
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return _GROUPS.get(Path(file).parts[1], file)
+        place = Path(file).relative_to("tests")
+        return _GROUPS.get(str(place)) or _GROUPS.get(place.parts[0], file)
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByRoom:
-    return _ByRoom(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByGroup:
+    return _ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,8 @@
 """Disposable hosts that are deployed once a session, and the tools to look at what happened.
 
-The lab is this session's own (`deploytest`, or what GATEWAY_TEST_LAB names, where two sessions run
-at once), so that a lab of `make deploy` is not disturbed. The wheelhouse and the base image are
-cached; results never are.
+The lab is this process's own (`deploy`, `deploy0`, `deploy1`, or what GATEWAY_TEST_LAB names), so
+that neither a lab of `make deploy` nor the other process of `make test` is disturbed. The
+wheelhouse and the base image are cached; results never are.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from lab import requirements
 from lab.state import InventoryHost
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-LAB = os.environ.get("GATEWAY_TEST_LAB", "deploytest")
+LAB = os.environ.get("GATEWAY_TEST_LAB") or "deploy" + (
+    os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+)
 BIN = Path(sys.executable).parent
 
 

@@ -62,7 +62,9 @@ def test_a_loaded_model_answers_as_the_written_one(tmp_path: Path) -> None:
 
 def test_an_unknown_architecture_names_the_known_ones(tmp_path: Path) -> None:
     path = write(tmp_path, architecture=bundle.Architecture(name="transformer", arguments={}))
-    with pytest.raises(bundle.BundleError, match=r"'transformer'.* knows: digits_cnn\."):
+    with pytest.raises(
+        bundle.BundleError, match=r"'transformer'.* knows: digits_cnn, vit, watch_gru\."
+    ):
         models.load_model(path)
 
 
@@ -266,7 +268,7 @@ def test_installed_packages_provide_architectures(
     install(tmp_path / "site", "my-networks", "scale = my_networks.scaling:Scale")
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert models.build(architecture("scale", by=4.0))(torch.tensor(2.0)).item() == 8.0
-    assert "knows: digits_cnn, scale." in refused("transformer")
+    assert "knows: digits_cnn, scale, vit, watch_gru." in refused("transformer")
 
 
 def test_an_installed_package_takes_no_other_s_place(
