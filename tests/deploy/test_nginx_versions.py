@@ -207,12 +207,18 @@ async def test_upgrades_and_downgrades_keep_every_socket(
 
 # What a package may bring: a binary that passes `nginx -t` and does not start, or not as it should;
 # or not when it takes over, while it did when it was tried beside the one that runs.
-_BROKEN = """#!/bin/sh
+_BROKEN = """#!/bin/bash
 case "$*" in
     -v | *-t*) exec /usr/sbin/nginx.real "$@" ;;
 esac
 """
-_LATER = '[ -n "$NGINX" ] && [ ! -e /run/gpu-gateway/nginx ] || exec /usr/sbin/nginx.real "$@"\n'
+# A script does not learn what it was called by, which is what nginx executes on USR2 when it is
+# tried (files/nginx-trial.sh).
+_LATER = """
+tried=/run/gpu-gateway/nginx
+[ ! -e $tried ] || exec -a $tried /usr/sbin/nginx.real "$@"
+[ -n "$NGINX" ] || exec /usr/sbin/nginx.real "$@"
+"""
 _NO_START = "echo 'this build does not start' >&2\nexit 1\n"
 _NO_SERVICE = "exec /usr/sbin/nginx.real -c /srv/build/elsewhere.conf\n"
 _TRIED = "tried beside the live configuration, which is as it was"
