@@ -55,7 +55,7 @@ class Apt:
 def missing(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What is missing until something is installed: the container tools."""
     left = {"systemd-nspawn": "systemd-container"}
-    monkeypatch.setattr(requirements, "missing_tools", lambda: left)
+    monkeypatch.setattr(requirements, "missing_tools", lambda tools: left)
     monkeypatch.setattr(requirements, "run", lambda command: "252.1-1")
     monkeypatch.setattr(requirements, "_has_package_lists", lambda: True)
     return left
