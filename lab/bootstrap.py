@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import Final
 
 from lab.errors import LabError
-from lab.image import BUILD_TIMEOUT_S, SUITE, apt_sources
 from lab.system import die_with_parent
+
+SUITE: Final = "bookworm"
+BUILD_TIMEOUT_S: Final = 900
 
 _UNUSED: Final = ("doc", "locale", "man")
 
 
 def bootstrap(
-    root: Path, include: Iterable[str], *, log_path: Path, progress: Callable[[str], None]
+    root: Path,
+    include: Iterable[str],
+    *,
+    log_path: Path,
+    progress: Callable[[str], None],
+    options: Iterable[str] = (),
 ) -> None:
     """Make the folder `root` with the packages and all that they need; other work goes first.
 
+    `options` are further ones of mmdebstrap.
     Raises LabError with the end of the log, which is at `log_path`.
     """
     command = [
@@ -38,6 +46,7 @@ def bootstrap(
         "--dpkgopt=force-unsafe-io",
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _UNUSED),
         f"--include={','.join(include)}",
+        *options,
         *(SUITE, str(root), str(apt_sources())),
     ]
     with (
@@ -64,3 +73,14 @@ def bootstrap(
         tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-12:])
         why = f"took more than {BUILD_TIMEOUT_S} s" if build.returncode == 124 else "failed"
         raise LabError(f"the build {why} ({build.returncode}); see {log_path}, which ends:\n{tail}")
+
+
+def apt_sources() -> Path:
+    """The file that says where this machine gets Debian's own packages from."""
+    for path in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
+        if path.is_file() and path.stat().st_size:
+            return path
+    raise LabError(
+        "found neither /etc/apt/sources.list.d/debian.sources nor a filled /etc/apt/sources.list; "
+        "images are made of the packages that they point to"
+    )

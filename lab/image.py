@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import shutil
-import signal
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from lab.errors import LabError
+from lab.bootstrap import bootstrap
 from lab.paths import write_text
-from lab.system import die_with_parent, run
+from lab.system import run
 from lab.trash import discard
 
 RECIPE: Final = Path(__file__).with_name("recipe")
-SUITE: Final = "bookworm"
-BUILD_TIMEOUT_S: Final = 900
 
 _INCLUDE: Final = (
     # An operating system that boots and can be logged in to.
@@ -139,7 +134,11 @@ _REMOVED: Final = (
 def recipe_digest() -> str:
     """SHA-256, in hex, of everything that decides what the image holds."""
     total = hashlib.sha256()
-    for path in [Path(__file__), *sorted(RECIPE.iterdir())]:
+    for path in [
+        Path(__file__),
+        Path(__file__).with_name("bootstrap.py"),
+        *sorted(RECIPE.iterdir()),
+    ]:
         content = path.read_bytes()
         total.update(f"{path.name} {len(content)}\n".encode() + content)
     return total.hexdigest()
@@ -194,17 +193,6 @@ def _locked(cache: Path, *, progress: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def apt_sources() -> Path:
-    """The file that says where this machine gets Debian's own packages from."""
-    for path in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")):
-        if path.is_file() and path.stat().st_size:
-            return path
-    raise LabError(
-        "found neither /etc/apt/sources.list.d/debian.sources nor a filled /etc/apt/sources.list; "
-        "the base image is made of the packages that they point to"
-    )
-
-
 def _install_packages(
     root: Path, *, building: Path, log_path: Path, progress: Callable[[str], None]
 ) -> None:
@@ -217,52 +205,9 @@ def _install_packages(
         f"apt-get download {' '.join(_UNPACK)}\n",
         mode=0o755,
     )
-    command = [
-        # Namespaces of its own: what the build mounts and starts ends with it, also when this
-        # process is killed.
-        *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
-        *("timeout", "--kill-after=5", str(BUILD_TIMEOUT_S)),
-        *("mmdebstrap", "--mode=root", "--format=directory", "--variant=minbase"),
-        "--skip=check/empty",
-        '--aptopt=Acquire::Check-Valid-Until "false"',
-        '--aptopt=Acquire::Check-Date "false"',
-        "--aptopt=Acquire::Retries 3",
-        # A build that a crash of the machine cuts short is thrown away: no need to sync files.
-        "--dpkgopt=force-unsafe-io",
-        "--dpkgopt=path-exclude=/usr/share/doc/*",
-        "--dpkgopt=path-exclude=/usr/share/locale/*",
-        "--dpkgopt=path-exclude=/usr/share/man/*",
-        f"--include={','.join(_INCLUDE)}",
-        f"--customize-hook={hook}",
-        *(SUITE, str(root), str(apt_sources())),
-    ]
-    with (
-        log_path.open("w") as log,
-        subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive", "LC_ALL": "C.UTF-8"},
-            preexec_fn=lambda: die_with_parent(signal.SIGKILL),
-        ) as build,
-    ):
-        if build.stderr is None:
-            raise AssertionError("asked for a pipe")
-        for line in build.stderr:
-            log.write(line)
-            log.flush()
-            if line.startswith("I: ") and line.rstrip().endswith("..."):
-                progress("  " + line.removeprefix("I: ").strip().removesuffix("..."))
-    if build.returncode:
-        tail = "\n".join(log_path.read_text(errors="replace").splitlines()[-12:])
-        why = f"took more than {BUILD_TIMEOUT_S} s" if build.returncode == 124 else "failed"
-        raise LabError(
-            f"building the base image {why} ({build.returncode}); see {log_path}, which ends:\n"
-            f"{tail}"
-        )
+    bootstrap(
+        root, _INCLUDE, log_path=log_path, progress=progress, options=[f"--customize-hook={hook}"]
+    )
 
 
 def _chroot(root: Path, command: Sequence[str]) -> str:

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from lab.bootstrap import SUITE, apt_sources
 from lab.errors import LabError
-from lab.image import SUITE, apt_sources
 from lab.paths import write_text
 from lab.system import run
 from lab.trash import discard

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from lab import image, paths
+from lab import bootstrap, paths
 
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _LIBRARY_PATH = "/usr/lib/x86_64-linux-gnu:/lib/x86_64-linux-gnu"
@@ -141,10 +141,10 @@ class _Apt:
 
 
 def _mirror() -> str:
-    text = image.apt_sources().read_text()
+    text = bootstrap.apt_sources().read_text()
     found = re.search(r"^(?:URIs: *|deb (?:\[[^]]*\] )?)(\S+/debian)/?(?: |$)", text, re.MULTILINE)
     if found is None:
-        raise UnavailableError(f"no address of Debian's packages in {image.apt_sources()}")
+        raise UnavailableError(f"no address of Debian's packages in {bootstrap.apt_sources()}")
     return found.group(1)
 
 
