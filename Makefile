@@ -50,6 +50,7 @@ deploy: can-host $(READY) ## lab hosts, a trained model, a deploy, predictions t
 	  else $(MAKE) --no-print-directory model; fi
 	@echo "==> 3/5 wheels for hosts without internet"
 	@$(BIN)/python -m provision.wheelhouse build --if-missing
+	@$(BIN)/python -m provision.compiled --if-possible
 	@echo "==> 4/5 pyinfra inventory.py deploy.py"
 	@$(BIN)/pyinfra -y inventory.py deploy.py
 	@echo "==> 5/5 test images through ws://localhost:8009"
@@ -65,8 +66,9 @@ down: $(READY) ## stop the lab's hosts and remove them
 model: $(READY) ## train the example model with DistributedDataParallel
 	@OMP_NUM_THREADS=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(BIN)/torchrun --standalone --nproc-per-node=2 -m gpu_service.training --output models
 
-wheelhouse: $(READY) ## the wheels that GPU hosts without internet need
+wheelhouse: $(READY) ## what GPU hosts without internet need: wheels, and the service compiled
 	@$(BIN)/python -m provision.wheelhouse build
+	@$(BIN)/python -m provision.compiled --if-possible
 
 test: can-host $(READY) lint ## everything, including deploys on lab hosts (root on Linux)
 	@$(BIN)/python -m pytest --numprocesses 2

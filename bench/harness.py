@@ -5,7 +5,9 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +20,9 @@ from pathlib import Path
 import numpy
 
 from gpu_service import bundle
-from gpu_service.protocol import Request, encode_request
+from gpu_service.messages import Request
+from gpu_service.protocol import encode_request
+from provision import compiled
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CACHE = CHECKOUT / ".bench"
@@ -146,19 +150,37 @@ def model() -> Path:
     return bundle.find(folder)
 
 
-def serve(path: Path, *options: str, checkout: Path = CHECKOUT) -> Server:
+@functools.cache
+def release() -> Path:
+    """A folder with the service as a host runs it: compiled."""
+    folder = CACHE / "release"
+    shutil.rmtree(folder, ignore_errors=True)
+    package = folder / "gpu_service"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(CHECKOUT / "gpu_service", package, ignore=ignored)
+    try:
+        found = compiled.build()
+    except compiled.CompilingError as error:
+        sys.exit(f"the service could not be compiled: {error}")
+    for path in found.iterdir():
+        shutil.copy(path, package)
+    (folder / "bench").symlink_to(CHECKOUT / "bench")
+    return folder
+
+
+def serve(path: Path, *options: str, checkout: Path | None = None) -> Server:
     """The service with the bundle `path`, one torch thread, all cores."""
     port = free_port()
     command = [sys.executable, "-m", "gpu_service", "serve", "--bundle", str(path)]
     command += ["--device", "cpu", "--threads", "1", "--port", str(port), *options]
-    return Server(command, port=port, checkout=checkout)
+    return Server(command, port=port, checkout=checkout or release())
 
 
-def identity(*, checkout: Path = CHECKOUT) -> Server:
+def identity(*, checkout: Path | None = None) -> Server:
     """The service with a model that computes nothing, on one core."""
     port = free_port()
     command = [sys.executable, "-m", "bench.serving.servers", "identity", str(port)]
-    return Server(command, port=port, checkout=checkout, on_one=True)
+    return Server(command, port=port, checkout=checkout or release(), on_one=True)
 
 
 def write_frame(file: Path, tensor: str, shape: tuple[int, ...]) -> None:

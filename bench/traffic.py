@@ -21,7 +21,8 @@ from websockets.exceptions import ConnectionClosed
 
 from gpu_service import bundle
 from gpu_service.client import Client, ClientError
-from gpu_service.protocol import Request, encode_request
+from gpu_service.messages import Request
+from gpu_service.protocol import encode_request
 
 _HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"

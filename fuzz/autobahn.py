@@ -17,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 
@@ -104,7 +104,9 @@ async def run(python: str, environ: Mapping[str, str], cases: list[str]) -> Resu
     loop = asyncio.get_running_loop()
     host, service = driver.Host(), Echo()
     server = await loop.create_server(
-        lambda: driver.session(host=host, service=service, limits=LIMITS), "127.0.0.1", 0
+        lambda: cast(asyncio.Protocol, driver.session(host=host, service=service, limits=LIMITS)),
+        "127.0.0.1",
+        0,
     )
     port = server.sockets[0].getsockname()[1]
     reports = FOLDER / "reports"

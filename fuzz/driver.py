@@ -15,8 +15,7 @@ from websockets.server import ServerProtocol
 from websockets.typing import Subprotocol
 
 from gpu_service.connection import Caller
-from gpu_service.protocol import (
-    SUBPROTOCOL,
+from gpu_service.messages import (
     Cancel,
     ErrorCode,
     Failure,
@@ -24,6 +23,9 @@ from gpu_service.protocol import (
     Request,
     Response,
     SessionInfo,
+)
+from gpu_service.protocol import (
+    SUBPROTOCOL,
     decode_message,
     encode_failure,
     encode_response,

@@ -19,7 +19,7 @@ from websockets.protocol import OPEN, Protocol, Side
 
 from fuzz import driver, world
 from gpu_service import bundle, datatypes, protocol
-from gpu_service.protocol import Cancel, Failure, ProtocolError, Request, Response, SessionInfo
+from gpu_service.messages import Cancel, Failure, ProtocolError, Request, Response, SessionInfo
 
 Target = Callable[[bytes], None]
 

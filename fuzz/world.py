@@ -15,28 +15,14 @@ from typing import Any
 
 import numpy
 
+from gpu_service.batches import Limits
 from gpu_service.bundle import TensorSpec
 from gpu_service.connection import Connection, InFlight
-from gpu_service.dispatch import (
-    BatchOutput,
-    Dispatcher,
-    Engine,
-    Limits,
-    Stream,
-    Tensors,
-    _Batch,
-)
+from gpu_service.device import BatchOutput, Engine, Stream, Tensors
+from gpu_service.dispatch import Dispatcher, _Batch
+from gpu_service.messages import Failure, Request, Response, Scalar
 from gpu_service.metrics import Metrics
-from gpu_service.protocol import (
-    Failure,
-    Request,
-    Response,
-    Scalar,
-    decode_reply,
-    encode_cancel,
-    encode_cancel_sequence,
-    encode_request,
-)
+from gpu_service.protocol import decode_reply, encode_cancel, encode_cancel_sequence, encode_request
 from gpu_service.registry import Registry
 from gpu_service.service import Service
 from gpu_service.signature import ModelInfo

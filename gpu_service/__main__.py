@@ -18,7 +18,7 @@ from gpu_service import settings
 if TYPE_CHECKING:
     import ssl
 
-    from gpu_service.dispatch import Engine
+    from gpu_service.device import Engine
 
 _DESCRIPTION = "Serve models over WebSocket, ask one that is served, and bring your own."
 _BUNDLE = "a version's folder, or the model's for its newest version"

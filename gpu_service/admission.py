@@ -24,8 +24,8 @@ import msgspec
 from websockets.datastructures import Headers
 
 from gpu_service import logs
-from gpu_service.dispatch import StartupError
-from gpu_service.protocol import ErrorCode
+from gpu_service.device import StartupError
+from gpu_service.messages import ErrorCode
 from gpu_service.settings import Settings, listed
 
 # How browsers, which cannot set headers of a WebSocket, send a token: as a sub-protocol. Tokens

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gpu_service.client import Client, ClientError, InferResult, Sequence
 from gpu_service.client_sequence import REPLAY_BYTES
-from gpu_service.protocol import Scalar, SessionInfo
+from gpu_service.messages import Scalar, SessionInfo
 
 T = TypeVar("T")
 

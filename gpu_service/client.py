@@ -35,7 +35,8 @@ from gpu_service.client_calls import (
 )
 from gpu_service.client_link import Connector, explained, is_token
 from gpu_service.client_sequence import REPLAY_BYTES, Sequence
-from gpu_service.protocol import ErrorCode, Request, Scalar, SessionInfo, encode_request
+from gpu_service.messages import ErrorCode, Request, Scalar, SessionInfo
+from gpu_service.protocol import encode_request
 
 __all__ = [
     "Client",

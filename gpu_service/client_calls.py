@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from numpy.typing import NDArray
 
-from gpu_service.protocol import ErrorCode, Response
+from gpu_service.messages import ErrorCode, Response
 
 if TYPE_CHECKING:
     from gpu_service.client_link import Link

@@ -37,16 +37,8 @@ from gpu_service.client_calls import (
     InferResult,
     UnreachableError,
 )
-from gpu_service.protocol import (
-    SUBPROTOCOL,
-    ErrorCode,
-    Failure,
-    ProtocolError,
-    SessionInfo,
-    decode_reply,
-    encode_cancel,
-    encode_cancel_sequence,
-)
+from gpu_service.messages import ErrorCode, Failure, ProtocolError, SessionInfo
+from gpu_service.protocol import SUBPROTOCOL, decode_reply, encode_cancel, encode_cancel_sequence
 
 # Full jitter: the clients of a worker that restarts come back spread out, not all at once.
 _BACKOFF_FIRST_S = 0.1

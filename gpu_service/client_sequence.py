@@ -24,7 +24,8 @@ from gpu_service.client_calls import (
     pause_s,
 )
 from gpu_service.client_link import MAX_SENDS, Connector
-from gpu_service.protocol import ErrorCode, Request, Scalar, decode_request, encode_request
+from gpu_service.messages import ErrorCode, Request, Scalar
+from gpu_service.protocol import decode_request, encode_request
 
 REPLAY_BYTES = 16 << 20
 

@@ -9,8 +9,10 @@ import math
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from gpu_service.batches import FinishedBatch
 from gpu_service.batching import QueueFullError, RequestTooLargeError, State, Ticket
-from gpu_service.dispatch import FinishedBatch, Stream, StreamsFullError, Tensors
+from gpu_service.device import Stream, StreamsFullError, Tensors
+from gpu_service.messages import Cancel, ErrorCode, Failure, ProtocolError, Request
 from gpu_service.metrics import Reason
 from gpu_service.parameters import (
     SequenceId,
@@ -20,15 +22,7 @@ from gpu_service.parameters import (
     sequence_of,
     timeout_of,
 )
-from gpu_service.protocol import (
-    Cancel,
-    ErrorCode,
-    Failure,
-    ProtocolError,
-    Request,
-    decode_message,
-    quote,
-)
+from gpu_service.protocol import decode_message, quote
 from gpu_service.registry import Served
 
 if TYPE_CHECKING:

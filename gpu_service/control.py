@@ -22,8 +22,9 @@ from typing import Any
 import msgspec
 
 from gpu_service import logs
-from gpu_service.dispatch import StartupError, Work
-from gpu_service.protocol import ErrorCode
+from gpu_service.batches import Work
+from gpu_service.device import StartupError
+from gpu_service.messages import ErrorCode
 from gpu_service.registry import LoadError, Registry
 from gpu_service.signature import ModelInfo
 

@@ -12,17 +12,15 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 import msgspec
-from numpy.typing import NDArray
 
 from gpu_service import logs
+from gpu_service.batches import Events, FinishedBatch, Limits, Outcome, Work
 from gpu_service.batching import NORMAL_PRIORITY, Queue, State, Ticket
-from gpu_service.signature import ModelInfo
-
-Tensors = Mapping[str, NDArray[Any]]
+from gpu_service.device import BatchOutput, BrokenError, Engine, Stream, StreamsFullError
 
 # So many batches in a row of which nothing succeeded make the device suspect.
 _SUSPICIOUS_BATCHES = 3
@@ -33,157 +31,8 @@ _SUSPICIOUS_BATCHES = 3
 _TAKEN_AHEAD_BELOW_S = 0.02
 
 
-class BrokenError(Exception):
-    """The device fails, whatever it is given: nothing can be run here any more."""
-
-
-class StartupError(Exception):
-    """The worker cannot start, or not serve a model; the message is for who runs it."""
-
-
-class StreamsFullError(Exception):
-    """All the places for the state of sequences are taken."""
-
-    def __init__(self, most: int, *, whose: str) -> None:
-        super().__init__(f"{most} sequences of {whose} hold their state, which is all there may be")
-
-
-class Stream:
-    """A sequence whose state is in row `slot` of the engine's memory.
-
-    `is_fresh` until a step of it succeeded: its state is zeros, whatever the row holds.
-    The inference thread alone changes that.
-    """
-
-    __slots__ = ("is_fresh", "slot")
-
-    def __init__(self, slot: int) -> None:
-        self.slot = slot
-        self.is_fresh = True
-
-
-class Work(Protocol):
-    """What is queued: anything that holds inputs [n, …] by name, maybe a step of a stream."""
-
-    @property
-    def inputs(self) -> Tensors: ...
-
-    @property
-    def stream(self) -> Stream | None: ...
-
-
 W = TypeVar("W", bound=Work)
 A = TypeVar("A")
-
-
-class BatchOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """Outputs [n, …] by name, n being the samples of the whole batch, and where time went."""
-
-    outputs: Tensors
-    input_s: float = 0.0
-    infer_s: float = 0.0
-    output_s: float = 0.0
-
-
-class Engine(Protocol):
-    """A model on its device. Once it serves, all calls come from the inference thread."""
-
-    @property
-    def model(self) -> ModelInfo:
-        """What it takes and returns; fixed."""
-
-    @property
-    def description(self) -> Mapping[str, str]:
-        """What it runs on, for logs and metrics: `device` and the like; fixed."""
-
-    @property
-    def good_batch(self) -> int:
-        """Samples beyond which larger batches gain little; fixed. 0: not known."""
-        return 0
-
-    @property
-    def best_batch(self) -> int:
-        """Samples of the batch that is the fastest a sample; fixed. 0: not known."""
-        return 0
-
-    @property
-    def max_streams(self) -> int:
-        """How many sequences may hold state at once; fixed. 0: the model has no state."""
-        return 0
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether a second batch may be launched while one runs; fixed."""
-        return False
-
-    def check(self) -> None:
-        """Run something that is known to work; raises if it does not."""
-
-    def launch(
-        self, requests: Sequence[Tensors], streams: Sequence[Stream | None]
-    ) -> Callable[[], BatchOutput]:
-        """Begin to run all requests as one batch; what is returned waits for its end.
-
-        Their outputs follow one another in the same order. `streams` are the sequences of which
-        the requests are steps, all different, None for none; the state of none changes unless
-        all succeeds.
-        """
-        output = self.run(requests)
-        return lambda: output
-
-    def run(self, requests: Sequence[Tensors]) -> BatchOutput:
-        """Run all requests as one batch, none of them a step of a sequence."""
-        return self.launch(requests, [None] * len(requests))()
-
-    def close(self) -> None:
-        """Give back what it holds of the device. Nothing is run after it."""
-
-
-class Outcome(msgspec.Struct, Generic[W], frozen=True):
-    """How one request ended. Its rows are cut out when asked for: by the event loop, not by the
-    inference thread, for which the device waits.
-    """
-
-    ticket: Ticket[W]
-    whole: Tensors | BaseException  # of the batch
-    start: int = 0  # its first row
-
-    @property
-    def result(self) -> Tensors | BaseException:
-        """Its own outputs [n, …] by name, or the exception it caused."""
-        whole = self.whole
-        if isinstance(whole, BaseException):
-            return whole
-        rows = slice(self.start, self.start + self.ticket.samples)
-        return {name: array[rows] for name, array in whole.items()}
-
-
-class FinishedBatch(msgspec.Struct, Generic[W], frozen=True, kw_only=True):
-    """What the inference thread hands over: everything that ran together."""
-
-    outcomes: list[Outcome[W]]
-    samples: int
-    input_s: float
-    infer_s: float
-    output_s: float
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """The bounds of one model's queue; see `batching.Queue`."""
-
-    max_batch: int
-    max_queue: int
-    max_delay_s: float = 0.0
-
-
-class Events(Protocol[W]):
-    """Who is told on the event loop what became of the requests of one model."""
-
-    def on_batch(self, batch: FinishedBatch[W]) -> None:
-        """A batch is finished; those of its requests that were cancelled are left out."""
-
-    def on_expired(self, ticket: Ticket[W]) -> None:
-        """The time of a request was up before it could start."""
 
 
 class Channel(Generic[W]):
@@ -398,7 +247,7 @@ class Dispatcher(Generic[W]):
         self._on_broken: Callable[[BrokenError], None] = lambda error: None
         self._broken: BrokenError | None = None
         # A daemon: a hung device must not keep the process from ending.
-        self._thread = threading.Thread(target=self._main, name="inference", daemon=True)
+        self._inference = threading.Thread(target=self._main, name="inference", daemon=True)
 
     # -------------------------------------------------------------------- the event loop
 
@@ -410,7 +259,7 @@ class Dispatcher(Generic[W]):
         """
         self._on_broken = on_broken or self._on_broken
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._inference.start()
 
     def add(self, engine: Engine, *, limits: Limits, events: Events[W]) -> Channel[W]:
         """Serve one more model, with an engine that is ready to run."""
@@ -452,9 +301,9 @@ class Dispatcher(Generic[W]):
         with self.lock:
             self._closing = True
             self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        if self._inference.ident is not None:
+            self._inference.join(timeout_s)
+        return not self._inference.is_alive()
 
     def _flush(self) -> None:
         self._flush_scheduled = False

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gpu_service import bundle, datatypes, golden, logs, models
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import BatchOutput, StartupError, Stream, Tensors
+from gpu_service.device import BatchOutput, StartupError, Stream, Tensors
 from gpu_service.signature import DYNAMIC, ModelInfo, shape_fits
 
 # A batch of inputs up to this size is copied in one go, with the GIL held for some 100 µs at most.

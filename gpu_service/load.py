@@ -31,7 +31,7 @@ from gpu_service.client import (
     InferenceError,
     UnreachableError,
 )
-from gpu_service.dispatch import Tensors
+from gpu_service.device import Tensors
 from gpu_service.histogram import Histogram
 from gpu_service.load_report import Plan, Tally
 

@@ -4,7 +4,6 @@ Owns the registry (its own, so that tests and libraries do not share it) and the
 are plain: the event loop alone changes them, for each request, so that they need no locks.
 """
 
-import bisect
 import enum
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -25,7 +24,8 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from gpu_service.protocol import ErrorCode
+from gpu_service.counts import Distribution, Number
+from gpu_service.messages import ErrorCode
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
@@ -56,49 +56,6 @@ _SECONDS = (
     *(0.000_05, 0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
-
-
-class Number:
-    """A number that goes up, or up and down."""
-
-    __slots__ = ("value",)
-
-    def __init__(self) -> None:
-        self.value = 0
-
-    def inc(self) -> None:
-        """One more."""
-        self.value += 1
-
-    def dec(self) -> None:
-        """One less."""
-        self.value -= 1
-
-
-class Distribution:
-    """Observations, counted by size."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count one."""
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def cumulated(self) -> tuple[list[tuple[str, float]], float]:
-        """How many were at most each bound, by its text, and the sum of all."""
-        buckets = []
-        total = 0
-        names = [str(bound) for bound in self._bounds] + ["+Inf"]
-        for name, count in zip(names, self._counts, strict=True):
-            total += count
-            buckets.append((name, float(total)))
-        return buckets, self._sum
 
 
 class ModelFigures(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,7 +3,8 @@
 import math
 
 from gpu_service.batching import NORMAL_PRIORITY, PRIORITIES
-from gpu_service.protocol import MAX_ID_CHARS, ErrorCode, ProtocolError, Request
+from gpu_service.messages import ErrorCode, ProtocolError, Request
+from gpu_service.protocol import MAX_ID_CHARS
 
 SequenceId = str | int
 

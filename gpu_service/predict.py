@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from gpu_service import bundle, datatypes, golden, images
 from gpu_service.client import Client, ClientError, fetch_json
-from gpu_service.dispatch import Tensors
+from gpu_service.device import Tensors
 
 # A gateway binds a connection to a worker: with a few, a person sees more than one at work.
 _CONNECTIONS = 4

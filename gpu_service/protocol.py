@@ -4,25 +4,33 @@ Sans-I/O and stateless: pure functions, safe from any thread. Tensors of a decod
 are views into that frame, never copies. Nothing but ProtocolError leaves the decoders.
 """
 
-import enum
 import functools
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy
 from numpy.typing import NDArray
 
 from gpu_service import datatypes
+from gpu_service.messages import (
+    Cancel,
+    ErrorCode,
+    Failure,
+    ProtocolError,
+    Request,
+    Response,
+    Scalar,
+    SessionInfo,
+)
+from gpu_service.wire import ID_DECODER, REPLY_DECODER, REQUEST_DECODER, Tensor
 
 SUBPROTOCOL = "open-inference.v2"
 
 MAX_ID_CHARS = 128
 MAX_RANK = 32
-
-Scalar = str | int | float | bool  # what the value of a parameter may be
 
 _ALIGNMENT = 8
 _BINARY_SIZE = "binary_data_size"
@@ -37,101 +45,33 @@ _NO_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
 
 _WIRE_DTYPES = frozenset(datatypes.NUMPY.values())
 
-_Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 _T = TypeVar("_T")
 
 
-class ErrorCode(enum.StrEnum):
-    """Stable codes of error replies; programs may depend on them, unlike on messages."""
-
-    INVALID_ARGUMENT = "INVALID_ARGUMENT"  # this request can never succeed as it is
-    NOT_FOUND = "NOT_FOUND"  # no such model or version here
-    UNAVAILABLE = "UNAVAILABLE"  # not now; `retry_after_ms` says when to come back
-    INTERNAL = "INTERNAL"  # the model or the service failed on a valid request
-    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"  # its `timeout_ms` was over before it could start
-    CANCELLED = "CANCELLED"  # as its client wished
-    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"  # this client's own share is used up
-
-
-class ProtocolError(Exception):
-    """A message that breaks the protocol. `request_id` is None where it could not be read."""
-
-    def __init__(self, code: ErrorCode, message: str, *, request_id: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.request_id = request_id
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """One inference request. Every input includes the batch dimension: [n, …].
-
-    `outputs` names those wanted, None means all. `binary` is how it came, and how to answer.
-    """
-
-    inputs: Mapping[str, NDArray[Any]]
-    id: str | None = None
-    model_name: str | None = None
-    model_version: str | None = None
-    outputs: tuple[str, ...] | None = None
-    parameters: Mapping[str, Scalar] = {}
-    binary: bool = True
-
-
-class Cancel(msgspec.Struct, frozen=True):
-    """A client's wish that its request of this id, or its whole sequence, be forgotten."""
-
-    id: str | None = None
-    sequence_id: str | int | None = None
-
-
-class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """An answer to one request. Every output includes the batch dimension: [n, …].
-
-    `index` and `final` are parameters on the wire.
-    """
-
-    id: str | None
-    model_name: str
-    model_version: str
-    outputs: Mapping[str, NDArray[Any]]
-    parameters: Mapping[str, Scalar] = {}
-    index: int | None = None  # of many responses to one request; None: it is the only one
-    final: bool = True
-
-
-class Failure(msgspec.Struct, frozen=True, kw_only=True):
-    """An error reply; `id` is None when the request's could not be read.
-
-    `code` is a plain str because a newer server may send codes that this version lacks.
-    """
-
-    id: str | None
-    code: str
-    message: str
-    retry_after_ms: int | None = None
-
-
-class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a server says first to a client that asked for its sub-protocol.
-
-    `id` is the session's name in the logs of gateway and worker. `limits` are those of `GET /v2`.
-    """
-
-    id: str
-    worker: str = ""
-    limits: Mapping[str, Any] = {}
-    models: tuple[Mapping[str, str], ...] = ()
-
-
-class _Label(msgspec.Struct):
+class _Label:
     """Which tensor an error is about; put together only where there is one."""
 
-    where: str
-    name: str
+    __slots__ = ("_name", "_where")
+
+    def __init__(self, where: str, name: str) -> None:
+        self._where = where
+        self._name = name
 
     def __str__(self) -> str:
-        return f"{self.where}: {quote(self.name)}"
+        return f"{self._where}: {quote(self._name)}"
+
+
+class _Parts:
+    """A message taken apart: its JSON, and for binary ones the frame and where data starts."""
+
+    __slots__ = ("data_start", "frame", "header")
+
+    def __init__(
+        self, header: str | memoryview, frame: memoryview | None = None, data_start: int = 0
+    ) -> None:
+        self.header = header
+        self.frame = frame
+        self.data_start = data_start
 
 
 def quote(text: str) -> str:
@@ -141,71 +81,6 @@ def quote(text: str) -> str:
 
 # ------------------------------------------------------------------------------ decoding
 
-
-# A request with a field that nobody reads is a misspelt one: refused. Replies are read
-# leniently, so that a newer server may add fields.
-class _Tensor(msgspec.Struct):
-    name: str
-    shape: list[_Size]
-    datatype: str
-    data: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    parameters: dict[str, Scalar] = {}
-
-
-class _StrictTensor(_Tensor, forbid_unknown_fields=True):
-    pass
-
-
-class _OutputName(msgspec.Struct, forbid_unknown_fields=True):
-    name: str
-
-
-class _Cancel(msgspec.Struct, forbid_unknown_fields=True):
-    id: str | None = None
-    sequence_id: str | int | None = None
-
-
-class _Request(msgspec.Struct, forbid_unknown_fields=True):
-    inputs: list[_StrictTensor] | None = None
-    cancel: _Cancel | None = None
-    id: str | None = None
-    model_name: str | None = None
-    model_version: str | None = None
-    outputs: list[_OutputName] | None = None
-    parameters: dict[str, Scalar] = {}
-
-
-class _Error(msgspec.Struct):
-    code: str
-    message: str
-    retry_after_ms: int | None = None
-
-
-class _Reply(msgspec.Struct):
-    id: str | None = None
-    session: SessionInfo | None = None
-    error: _Error | None = None
-    model_name: str = ""
-    model_version: str = ""
-    outputs: list[_Tensor] = []
-    parameters: dict[str, Scalar] = {}
-
-
-class _JustId(msgspec.Struct):
-    id: str | None = None
-
-
-class _Parts(msgspec.Struct):
-    """A message taken apart: its JSON, and for binary ones the frame and where data starts."""
-
-    header: str | memoryview
-    frame: memoryview | None = None
-    data_start: int = 0
-
-
-_request_decoder = msgspec.json.Decoder(_Request)
-_reply_decoder = msgspec.json.Decoder(_Reply)
-_id_decoder = msgspec.json.Decoder(_JustId)
 
 # What the decoder of this library raises for arbitrary input: malformed or unexpected JSON,
 # invalid UTF-8, unpaired surrogates in a str, and nesting deeper than Python's stack.
@@ -233,7 +108,7 @@ def decode_message(message: str | bytes) -> Request | Cancel:
         if request is not None:
             return request
     parts = _split(message)
-    wire = _parse(parts.header, _request_decoder)
+    wire = _parse(parts.header, REQUEST_DECODER)
     if wire.id is not None and len(wire.id) > MAX_ID_CHARS:
         raise _invalid(f"id has {len(wire.id)} characters, at most {MAX_ID_CHARS} are allowed")
     if wire.cancel is not None:
@@ -268,7 +143,7 @@ class _Form:
 
     __slots__ = ("_like", "_size", "_tensors")
 
-    def __init__(self, like: Request, wires: Iterable[_Tensor]) -> None:
+    def __init__(self, like: Request, wires: Iterable[Tensor]) -> None:
         self._like = like
         self._tensors: list[tuple[str, numpy.dtype[Any], int, tuple[int, ...]]] = []
         offset = end = 0
@@ -323,7 +198,7 @@ def _opening(frame: bytes) -> tuple[str, bytes] | None:
     return (request_id, frame[quote_at:end]) if request_id.isprintable() else None
 
 
-def _remember(rest: bytes, request: Request, wires: Iterable[_Tensor]) -> None:
+def _remember(rest: bytes, request: Request, wires: Iterable[Tensor]) -> None:
     """Keep the form of a header, if it is one that tells all but the id."""
     # A second id, maybe written with escapes, would be the one that counts. BOOLs are looked at.
     if b'"id"' in rest or b"\\" in rest:
@@ -339,7 +214,7 @@ def _remember(rest: bytes, request: Request, wires: Iterable[_Tensor]) -> None:
 def decode_reply(message: str | bytes) -> Response | Failure | SessionInfo:
     """What a server answered, or said first. Raises ProtocolError for anything else."""
     parts = _split(message)
-    wire = _parse(parts.header, _reply_decoder)
+    wire = _parse(parts.header, REPLY_DECODER)
     if wire.session is not None:
         return wire.session
     if wire.error is not None:
@@ -404,13 +279,13 @@ def _parse(header: str | memoryview, decoder: "msgspec.json.Decoder[_T]") -> _T:
 
 def _readable_id(header: str | memoryview) -> str | None:
     try:
-        request_id = _id_decoder.decode(header).id
+        request_id = ID_DECODER.decode(header).id
     except _JSON_ERRORS:
         return None
     return request_id if request_id and len(request_id) <= MAX_ID_CHARS else None
 
 
-def _tensors(where: str, wires: Iterable[_Tensor], parts: _Parts) -> dict[str, NDArray[Any]]:
+def _tensors(where: str, wires: Iterable[Tensor], parts: _Parts) -> dict[str, NDArray[Any]]:
     tensors: dict[str, NDArray[Any]] = {}
     offset = parts.data_start
     for wire in wires:
@@ -437,7 +312,7 @@ def _tensors(where: str, wires: Iterable[_Tensor], parts: _Parts) -> dict[str, N
 
 
 def _from_frame(
-    name: _Label, wire: _Tensor, dtype: numpy.dtype[Any], frame: memoryview, offset: int
+    name: _Label, wire: Tensor, dtype: numpy.dtype[Any], frame: memoryview, offset: int
 ) -> NDArray[Any]:
     size = wire.parameters.get(_BINARY_SIZE)
     if wire.data is not msgspec.UNSET or not isinstance(size, int) or isinstance(size, bool):
@@ -462,7 +337,7 @@ def _from_frame(
     return numpy.frombuffer(frame, dtype, count, offset).reshape(wire.shape)
 
 
-def _from_json(name: _Label, wire: _Tensor, dtype: numpy.dtype[Any]) -> NDArray[Any]:
+def _from_json(name: _Label, wire: Tensor, dtype: numpy.dtype[Any]) -> NDArray[Any]:
     if wire.data is msgspec.UNSET or _BINARY_SIZE in wire.parameters:
         raise _invalid(
             f"{name}: in a text frame a tensor has 'data', a flat or nested list of its values, "

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from gpu_service import bundle, logs
-from gpu_service.dispatch import Channel, Dispatcher, Engine, Events, Limits, StartupError, Work
-from gpu_service.protocol import ErrorCode, ProtocolError, ReplyForm, Request, quote
+from gpu_service.batches import Events, Limits, Work
+from gpu_service.device import Engine, StartupError
+from gpu_service.dispatch import Channel, Dispatcher
+from gpu_service.messages import ErrorCode, ProtocolError, Request
+from gpu_service.protocol import ReplyForm, quote
 from gpu_service.signature import Fit, ModelInfo
 
 W = TypeVar("W", bound=Work)

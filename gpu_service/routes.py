@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from gpu_service import signature
+from gpu_service.messages import ErrorCode
 from gpu_service.metrics import CONTENT_TYPE as METRICS_TYPE
-from gpu_service.protocol import ErrorCode
 from gpu_service.signature import ModelInfo
 
 _JSON_TYPE = "application/json"

@@ -13,7 +13,9 @@ import logging
 import math
 import platform
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import msgspec
 from websockets.datastructures import Headers
@@ -27,19 +29,10 @@ from gpu_service import __version__, logs, routes
 from gpu_service.admission import Admission, Client, Refusal, Visitor
 from gpu_service.batching import PRIORITIES
 from gpu_service.connection import InFlight
-from gpu_service.dispatch import BrokenError
+from gpu_service.device import BrokenError
+from gpu_service.messages import Cancel, ErrorCode, Failure, ProtocolError, SessionInfo
 from gpu_service.metrics import Metrics, ModelFigures, Reason
-from gpu_service.protocol import (
-    SUBPROTOCOL,
-    Cancel,
-    ErrorCode,
-    Failure,
-    ProtocolError,
-    SessionInfo,
-    decode_message,
-    encode_failure,
-    encode_session,
-)
+from gpu_service.protocol import SUBPROTOCOL, decode_message, encode_failure, encode_session
 from gpu_service.registry import Registry
 from gpu_service.service import Service
 from gpu_service.session import Limits, Session
@@ -87,6 +80,11 @@ _ALLOWED = {
 }
 
 
+def is_compiled() -> bool:
+    """Whether what each request goes through runs as C (see `provision.compiled`)."""
+    return not str(sys.modules[Session.__module__].__file__).endswith(".py")
+
+
 class InferenceServer:
     """Serves the models of a registry on one socket. Made and used on the event loop.
 
@@ -112,7 +110,12 @@ class InferenceServer:
         self._metrics = Metrics(max_batch=settings.max_batch)
         self._registry = registry
         self._metrics.describe(
-            build={"version": __version__, "python": platform.python_version(), **device},
+            build={
+                "version": __version__,
+                "python": platform.python_version(),
+                "compiled": "yes" if is_compiled() else "no",
+                **device,
+            },
             models=self._model_figures,
             traces_dropped=lambda: 0 if telemetry is None else telemetry.dropped,
         )
@@ -226,7 +229,7 @@ class InferenceServer:
         self._metrics.ready.value = 0
         self.broken.set()
 
-    def _session(self) -> Session:
+    def _session(self) -> asyncio.Protocol:
         core = ServerProtocol(
             # Without extensions, so without compression: tensors do not shrink, and it would
             # cost 50 KiB a connection.
@@ -235,7 +238,8 @@ class InferenceServer:
             max_size=self._settings.max_message_bytes,
             logger=_websockets_logger,
         )
-        return Session(host=self, service=self._service, core=core, limits=self._limits)
+        made = Session(host=self, service=self._service, core=core, limits=self._limits)
+        return cast(asyncio.Protocol, made)  # which it is by its methods
 
     # ------------------------------------------------------------------ session.Host
 

@@ -7,19 +7,13 @@ takes them. On the event loop; results come from the inference thread through th
 import time
 
 from gpu_service import logs
+from gpu_service.batches import FinishedBatch
 from gpu_service.batching import Ticket
 from gpu_service.connection import Caller, Connection, InFlight, Responses
-from gpu_service.dispatch import BrokenError, FinishedBatch, Tensors
+from gpu_service.device import BrokenError, Tensors
+from gpu_service.messages import ErrorCode, Failure, ProtocolError, Response
 from gpu_service.metrics import OK, Metrics, Reason
-from gpu_service.protocol import (
-    ErrorCode,
-    Failure,
-    ProtocolError,
-    ReplyForm,
-    Response,
-    encode_failure,
-    encode_response,
-)
+from gpu_service.protocol import ReplyForm, encode_failure, encode_response
 from gpu_service.registry import Registry, Served
 from gpu_service.telemetry import Stages, Telemetry
 
@@ -55,7 +49,7 @@ class Service:
         """The requests of one connection."""
         return Connection(self, caller)
 
-    # ------------------------------------------------------------------ dispatch.Events
+    # ------------------------------------------------------------------ batches.Events
 
     def on_batch(self, batch: FinishedBatch[InFlight]) -> None:
         """Answer everything that ran together."""

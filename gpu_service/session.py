@@ -26,8 +26,7 @@ from websockets.protocol import CONNECTING, OPEN
 from websockets.server import ServerProtocol
 
 from gpu_service.admission import Client, Visitor
-from gpu_service.connection import Connection
-from gpu_service.service import Service
+from gpu_service.connection import Caller
 
 try:
     from websockets.speedups import apply_mask
@@ -75,6 +74,26 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     ping_timeout_s: float
 
 
+class Requests(Protocol):
+    """What a client has asked for; see `connection.Connection`."""
+
+    def receive(self, message: str | bytes) -> None:
+        """Take one message."""
+
+    def unclog(self) -> None:
+        """Replies are read again."""
+
+    def close(self) -> None:
+        """The client has gone."""
+
+
+class Service(Protocol):
+    """What answers requests; see `service.Service`."""
+
+    def connect(self, caller: Caller) -> Requests:
+        """The requests of one connection."""
+
+
 class Host(Protocol):
     """The server, as its connections see it."""
 
@@ -99,8 +118,8 @@ class Host(Protocol):
         """The TCP connection is gone."""
 
 
-class Session(asyncio.Protocol):
-    """Serves one connection; a `connection.Caller`."""
+class Session:
+    """Serves one connection: an `asyncio.Protocol` by its methods, and a `connection.Caller`."""
 
     # There may be tens of thousands; and beyond 30 attributes Python looks them up slowly.
     __slots__ = (
@@ -142,7 +161,7 @@ class Session(asyncio.Protocol):
         self._host = host
         self._core = core
         self._limits = limits
-        self._requests: Connection = service.connect(self)
+        self._requests: Requests = service.connect(self)
         self.visitor: Visitor | None = None  # who it serves, once admitted
         self.is_surplus = False  # one more than there may be: closed as soon as it is open
         self._client: Client | None = None  # what its requests are counted by, if they are

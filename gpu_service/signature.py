@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from gpu_service import datatypes
 from gpu_service.bundle import Manifest, TensorSpec
-from gpu_service.protocol import ErrorCode, ProtocolError, Request, quote
+from gpu_service.messages import ErrorCode, ProtocolError, Request
+from gpu_service.protocol import quote
 
 DYNAMIC = -1  # a size that each request may choose
 

@@ -10,7 +10,7 @@ import socket
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from gpu_service.dispatch import StartupError
+from gpu_service.device import StartupError
 
 # The first descriptor that is handed over: SD_LISTEN_FDS_START.
 _FIRST = 3

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from opentelemetry.trace import NonRecordingSpan, SpanContext, SpanKind, StatusCode, TraceFlags
 
 from gpu_service import __version__, logs
-from gpu_service.protocol import ErrorCode
+from gpu_service.messages import ErrorCode
 from gpu_service.telemetry import Ended, Stages, TraceParent
 
 # For one message, retries included.

@@ -17,7 +17,7 @@ import numpy
 
 from gpu_service import bundle, golden
 from gpu_service.client import Client, ClientError
-from gpu_service.dispatch import Tensors
+from gpu_service.device import Tensors
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):

@@ -18,12 +18,14 @@ import uvloop
 
 from gpu_service import control, logs
 from gpu_service.admission import Admission
+from gpu_service.batches import Limits
 from gpu_service.bundle import BundleError
 from gpu_service.connection import InFlight
-from gpu_service.dispatch import Dispatcher, Engine, Limits, StartupError
+from gpu_service.device import Engine, StartupError
+from gpu_service.dispatch import Dispatcher
 from gpu_service.notify import Notifier
 from gpu_service.registry import Registry, in_thread
-from gpu_service.server import InferenceServer
+from gpu_service.server import InferenceServer, is_compiled
 from gpu_service.settings import Settings, cpus_of
 from gpu_service.sockets import open_listeners
 from gpu_service.telemetry import Telemetry
@@ -120,7 +122,15 @@ async def _live(
         await server.start(*listeners)
         watchdog = asyncio.create_task(_feed_watchdog(notifier, dispatcher))
         models = ", ".join(f"{engine.model.name} {engine.model.version}" for engine in engines)
-        logs.info("ready", host=host, port=port, worker=worker, model=models, pid=os.getpid())
+        logs.info(
+            "ready",
+            host=host,
+            port=port,
+            worker=worker,
+            model=models,
+            pid=os.getpid(),
+            compiled=is_compiled(),
+        )
         _notify(notifier, "READY=1", f"STATUS=serving {models} on {host}:{port}")
         await _until(stop, server.broken.wait())
         logs.info("draining")

@@ -25,7 +25,7 @@ from pyinfra.api.exceptions import PyinfraError
 from pyinfra.api.inventory import Inventory
 
 from gpu_service import admission, bundle
-from gpu_service.dispatch import StartupError
+from gpu_service.device import StartupError
 from provision import facts, quality, rendering
 from provision.rendering import CHECKOUT
 from provision.settings import (

@@ -159,7 +159,7 @@ def plan(settings: TrainerSettings) -> Plan:
         environment=workers.environment_for(
             settings, hardware, uses_gpu=uses_gpu(settings, hardware)
         ),
-        release=workers.build_release(),
+        release=workers.build_release(),  # nothing of what is compiled trains
         data=_data(),
     )
 

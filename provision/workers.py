@@ -32,7 +32,7 @@ from pyinfra import host
 from pyinfra.api import deploy, operation
 from pyinfra.api.exceptions import DeployError
 
-from provision import facts, models, operations, preflight, record, rendering, wheelhouse
+from provision import compiled, facts, models, operations, preflight, record, rendering, wheelhouse
 from provision.facts import Hardware, quoted, script
 from provision.models import Model
 from provision.operations import Commands, ManagedFile, Roll, WorkerUnit
@@ -90,10 +90,14 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """The gpu_service package as an archive, and its place on the host."""
+    """The gpu_service package as an archive, and its place on the host.
+
+    Its compiled part, where it has one, is in the archive, beside the sources.
+    """
 
     archive: bytes
     digest: str
+    compiled: bool = False
 
     @property
     def folder(self) -> str:
@@ -129,7 +133,7 @@ def plan(settings: WorkerSettings, fleet: Fleet) -> Plan:
     return Plan(
         hardware=hardware,
         environment=choose_environment(settings, hardware),
-        release=build_release(),
+        release=choose_release(settings, hardware),
         models={
             found.service: models.load(preflight.bundle_folder(found.settings.model))
             for found in fleet.assignments(settings)
@@ -291,7 +295,9 @@ def install(settings: PythonSettings, environment: Environment, release: Release
         },
     )
     install_environment(name="Virtual environment", environment=environment)
-    install_release(name="gpu_service package", release=release)
+    install_release(
+        name="gpu_service package", release=release, python=f"{environment.folder}/bin/python"
+    )
 
 
 def choose_environment(settings: WorkerSettings, hardware: Hardware) -> Environment:
@@ -321,10 +327,9 @@ def environment_for(
         build = "cuda" if uses_gpu else "cpu"
     if settings.packages_from == "index":
         return _from_index(settings, build, packages)
-    version = re.search(r"(3\.\d+)", settings.python)
     target = wheelhouse.Target(
         build=build,
-        python=version.group(1) if version else "3.11",
+        python=_python_version(settings),
         machine=hardware.machine,
         packages=packages,
     )
@@ -332,6 +337,11 @@ def environment_for(
         return _from_wheelhouse(settings, wheelhouse.find(target))
     except wheelhouse.WheelhouseError as error:
         raise DeployError(f"{host.name} ({build}): {error}") from None
+
+
+def _python_version(settings: PythonSettings) -> str:
+    version = re.search(r"(3\.\d+)", settings.python)
+    return version.group(1) if version else "3.11"
 
 
 def uses_gpu(settings: WorkerSettings, hardware: Hardware) -> bool:
@@ -423,38 +433,73 @@ def install_environment(environment: Environment) -> Commands:
 
 
 @operation()
-def install_release(release: Release) -> Commands:
-    """The package's folder: unpacked beside, then renamed."""
+def install_release(release: Release, python: str) -> Commands:
+    """The package's folder: unpacked beside, tried, then renamed.
+
+    + python: that will run it. What is compiled, but does not load there, is left out.
+    """
     if release.folder in host.get_fact(facts.Paths, paths=(release.folder,)):
         return
     archive = ManagedFile(path=f"{OPT}/releases/.{release.digest}.tar.gz", content=release.archive)
     yield from operations.place_files._inner(files=[archive], check=operations.sha256_check)
     yield script(
         'rm -rf "$2" && mkdir "$2" && tar -xzf "$1" -C "$2" --no-same-owner && '
+        'if [ "$5" = yes ] && ! PYTHONPATH="$2" "$4" -P -B -c "import gpu_service.session"; then '
+        'echo "the compiled part does not load here: the sources are run" >&2; '
+        "find \"$2\" -name '*.so' -delete; fi && "
         'mv -T "$2" "$3" && rm -f "$1"',
         archive.path,
         f"{OPT}/releases/.{release.digest}.partial",
         release.folder,
+        python,
+        "yes" if release.compiled else "no",
     )
+
+
+def choose_release(settings: WorkerSettings, hardware: Hardware) -> Release:
+    """The package for this host, compiled or not. Raises `DeployError`; touches nothing."""
+    if settings.worker_compiled == "no":
+        return build_release()
+    python = _python_version(settings)
+    folder = compiled.find(python=python, machine=hardware.machine)
+    if folder is None and settings.worker_compiled == "yes":
+        raise DeployError(
+            f"{host.name}: worker_compiled: nothing is compiled of these sources for Python "
+            f"{python} on {hardware.machine}; on a machine with both: "
+            ".venv/bin/python -m provision.compiled"
+        )
+    return build_release(folder)
 
 
 @cache
-def build_release() -> Release:
-    """The package of this checkout, archived so that equal sources give equal bytes."""
+def build_release(compiled_part: Path | None = None) -> Release:
+    """The package of this checkout, archived so that equal sources give equal bytes.
+
+    The digest is of the sources, and of what was compiled by its name alone: two compilers'
+    results do the same.
+    """
     buffer = io.BytesIO()
-    package = CHECKOUT / "gpu_service"
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path in sorted(package.rglob("*")):
-            if not path.is_file() or "__pycache__" in path.parts:
-                continue
-            member = tarfile.TarInfo(str(path.relative_to(CHECKOUT)))
-            member.size, member.mode, member.mtime = path.stat().st_size, 0o644, 0
-            with path.open("rb") as file:
-                archive.addfile(member, file)
-    content = buffer.getvalue()
+        for path in sorted((CHECKOUT / "gpu_service").rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                _add(archive, path, str(path.relative_to(CHECKOUT)))
+        identity = hashlib.sha256(buffer.getvalue())
+        if compiled_part is not None:
+            identity.update(compiled_part.name.encode())
+            for path in sorted(compiled_part.iterdir()):
+                _add(archive, path, f"gpu_service/{path.name}")
     return Release(
-        archive=gzip.compress(content, mtime=0), digest=hashlib.sha256(content).hexdigest()[:16]
+        archive=gzip.compress(buffer.getvalue(), mtime=0),
+        digest=identity.hexdigest()[:16],
+        compiled=compiled_part is not None,
     )
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = path.stat().st_size, 0o644, 0
+    with path.open("rb") as file:
+        archive.addfile(member, file)
 
 
 def unit_files(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> list[ManagedFile]:

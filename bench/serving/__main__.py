@@ -3,14 +3,15 @@
 The raw forward, the service, the same through nginx and with a model that computes nothing, and
 picows' echo server are measured in turns, several times, on one machine; ratios are of medians of
 one run; the raw forward is the faster one of two sizes of batch. The load client is built from
-`load.c`. `--against CHECKOUT` measures another version of
-the service in the same turns.
+`load.c`. The service is the compiled one, as hosts have it, and beside it the same from its
+sources; `--against CHECKOUT` measures another version in their place, in the same turns.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -198,14 +199,22 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another version")
     options = parser.parse_args()
-    versions = {"": CHECKOUT}
+    versions = {"": harness.release()}
     if options.against:
         versions[" (other)"] = options.against.resolve()
+    else:
+        versions[" (not compiled)"] = CHECKOUT
     with opened(harness.model(), options.seconds) as bench:
         start(bench, versions)
         for _ in range(options.turns):
             one_turn(bench, versions)
-        figures = [row for name in versions for row in rows(bench, name)]
+        figures = rows(bench)
+        figures += [
+            dataclasses.replace(row, at_least=None, at_most=None)
+            for name in versions
+            if name
+            for row in rows(bench, name)
+        ]
         figures += [
             Row(name="raw forward, batches of 64", value=bench.median("raw 64 rate"), unit="1/s"),
             Row(name="raw forward, batches of 32", value=bench.median("raw 32 rate"), unit="1/s"),

@@ -15,7 +15,7 @@ import numpy
 
 from gpu_service import worker
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import BatchOutput, Engine, Tensors
+from gpu_service.device import BatchOutput, Engine, Tensors
 from gpu_service.settings import Settings
 from gpu_service.signature import ModelInfo
 

@@ -2,7 +2,7 @@
 
 The lab is this process's own (`deploy`, `deploy0`, `deploy1`, or what GATEWAY_TEST_LAB names), so
 that neither a lab of `make deploy` nor the other process of `make test` is disturbed. The
-wheelhouse and the base image are cached; results never are.
+wheelhouse, the compiled service and the base image are cached; results never are.
 """
 
 from __future__ import annotations
@@ -127,12 +127,8 @@ def lab_command(*arguments: str) -> None:
 @pytest.fixture(scope="session")
 def deployment(trained: Path) -> Iterator[Deployment]:
     """Two fresh hosts, not yet deployed."""
-    subprocess.run(
-        [sys.executable, "-m", "provision.wheelhouse", "build", "--if-missing"],
-        cwd=CHECKOUT,
-        check=True,
-        timeout=900,
-    )
+    for command in (["provision.wheelhouse", "build", "--if-missing"], ["provision.compiled"]):
+        subprocess.run([sys.executable, "-m", *command], cwd=CHECKOUT, check=True, timeout=900)
     lab_command("down")
     lab_command("up")
     try:

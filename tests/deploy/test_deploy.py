@@ -86,6 +86,12 @@ def test_hosts_are_as_declared(deployment: Deployment) -> None:
     assert "skipped" not in result.stdout.splitlines()[-1]
 
 
+def test_workers_run_the_compiled_service(deployment: Deployment) -> None:
+    metrics = deployment.on("gpu1", "curl", "-s", "http://10.77.0.21:9005/metrics")
+    (build,) = [line for line in metrics.splitlines() if "gpu_service_build_info{" in line]
+    assert 'compiled="yes"' in build
+
+
 def test_worker_ports_are_closed_to_everybody_else(deployment: Deployment) -> None:
     """From the lab's controller, an address on the same network that is no gateway."""
     probe = "import socket; socket.create_connection(('10.77.0.21', 9005), timeout=3)"

@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 from websockets.asyncio.client import ClientConnection, connect
 
 from gpu_service import bundle
-from gpu_service.protocol import Request, encode_request
+from gpu_service.messages import Request
+from gpu_service.protocol import encode_request
 from tests.deploy.conftest import CHECKOUT, Deployment, Run
 from tests.deploy.test_deploy import ready_through, wait_for
 from tests.deploy.test_sockets import Connects

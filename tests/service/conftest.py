@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 
+from gpu_service.batches import Limits
 from gpu_service.connection import InFlight
-from gpu_service.dispatch import Dispatcher, Engine, Limits, StartupError
+from gpu_service.device import Engine, StartupError
+from gpu_service.dispatch import Dispatcher
 from gpu_service.registry import Registry
 from gpu_service.server import InferenceServer, State
 from gpu_service.settings import Settings

@@ -15,8 +15,9 @@ import numpy
 
 from gpu_service import settings, worker
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import BatchOutput, Engine, Stream, Tensors
-from gpu_service.protocol import Request, Scalar, encode_request
+from gpu_service.device import BatchOutput, Engine, Stream, Tensors
+from gpu_service.messages import Request, Scalar
+from gpu_service.protocol import encode_request
 from gpu_service.signature import ModelInfo
 
 BOUND_S = 60.0  # of every wait; far longer than any takes

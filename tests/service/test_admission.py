@@ -17,7 +17,7 @@ from websockets.typing import Origin, Subprotocol
 
 from gpu_service import protocol, session
 from gpu_service.client import Client
-from gpu_service.protocol import Failure, Response, SessionInfo
+from gpu_service.messages import Failure, Response, SessionInfo
 from tests.service.conftest import Process, Worker, get
 from tests.service.fakes import BOUND_S, WAIT, frame, x_of
 from tests.service.test_wire import BINARY, CONT, FIN, HANDSHAKE, PING, raw, ws
@@ -307,6 +307,8 @@ async def test_a_stream_of_empty_fragments_takes_no_memory(start_worker: StartWo
 async def test_a_flood_of_frames_leaves_the_others_their_turns(
     start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch, flood: bytes
 ) -> None:
+    if not session.__file__.endswith(".py"):
+        pytest.skip("session is compiled: it does not look for a function that was replaced")
     turn = 0
     frames_of: dict[int, int] = {}
     frame_head = session._frame_head

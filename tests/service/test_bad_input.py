@@ -17,7 +17,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 
 from gpu_service import protocol
-from gpu_service.protocol import Failure, Response
+from gpu_service.messages import Failure, Response
 from tests.service.conftest import Worker
 from tests.service.fakes import BOUND_S, NOT_A_NUMBER, WAIT, frame
 from tests.service.test_wire import (

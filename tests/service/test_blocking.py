@@ -21,7 +21,7 @@ from gpu_service.client import (
     InferenceError,
     UnreachableError,
 )
-from gpu_service.protocol import ProtocolError
+from gpu_service.messages import ProtocolError
 from tests.service.conftest import ROOT, Process, metric
 from tests.service.fakes import BOUND_S, POISON, WAIT, x_of
 

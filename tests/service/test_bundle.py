@@ -17,7 +17,7 @@ from websockets.asyncio.client import connect
 
 from gpu_service import bundle, models, protocol
 from gpu_service.client import Client
-from gpu_service.protocol import Response
+from gpu_service.messages import Request, Response
 from tests.service.conftest import ROOT, Process, get
 
 Spawn = Callable[..., Process]
@@ -106,7 +106,7 @@ async def test_answers_equal_the_models_own(spawn: Spawn, path: Path) -> None:
     numpy.testing.assert_allclose(binary, expected, rtol=1e-5, atol=1e-6)
 
     async with connect(url, compression=None, proxy=None) as connection:
-        request = protocol.Request(inputs={"image": images[:8]}, id="t", binary=False)
+        request = Request(inputs={"image": images[:8]}, id="t", binary=False)
         await connection.send(protocol.encode_request(request), text=True)
         reply = protocol.decode_reply(await connection.recv())
     assert isinstance(reply, Response)

@@ -24,16 +24,8 @@ from gpu_service.client import (
     fetch_json,
     read_token,
 )
-from gpu_service.protocol import (
-    Cancel,
-    ProtocolError,
-    Response,
-    SessionInfo,
-    decode_message,
-    decode_request,
-    encode_response,
-    encode_session,
-)
+from gpu_service.messages import Cancel, ProtocolError, Response, SessionInfo
+from gpu_service.protocol import decode_message, decode_request, encode_response, encode_session
 from tests.service.conftest import Process, Worker, metric
 from tests.service.fakes import BOUND_S, POISON, WAIT, x_of
 

@@ -10,7 +10,7 @@ import numpy
 import pytest
 
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import BatchOutput, Engine, Stream, Tensors
+from gpu_service.device import BatchOutput, Engine, Stream, Tensors
 from gpu_service.settings import Settings
 from gpu_service.signature import ModelInfo
 from tests.service.conftest import ROOT, Worker

@@ -10,8 +10,8 @@ from websockets.asyncio.client import ClientConnection
 from websockets.typing import Subprotocol
 
 from gpu_service import protocol
-from gpu_service.dispatch import Engine, StartupError
-from gpu_service.protocol import ErrorCode, Failure, Request, Response, Scalar, SessionInfo
+from gpu_service.device import Engine, StartupError
+from gpu_service.messages import ErrorCode, Failure, Request, Response, Scalar, SessionInfo
 from gpu_service.registry import LoadError
 from tests.service.conftest import Worker, get
 from tests.service.fakes import BOUND_S, WAIT, CountEngine, FakeEngine, SumEngine, frame, x_of

@@ -10,7 +10,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from gpu_service import protocol
-from gpu_service.protocol import ErrorCode, Failure, Response
+from gpu_service.messages import ErrorCode, Failure, Response
 from tests.service.conftest import Process, Worker, get
 from tests.service.fakes import BOUND_S, BREAK, POISON, WAIT, frame
 

@@ -11,7 +11,7 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
 from gpu_service import protocol
-from gpu_service.protocol import Response
+from gpu_service.messages import Response
 from tests.service.conftest import Process, get, metric, not_blocking
 from tests.service.fakes import BOUND_S, HANG, WAIT, frame
 

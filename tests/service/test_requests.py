@@ -13,7 +13,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Subprotocol
 
 from gpu_service import protocol
-from gpu_service.protocol import ErrorCode, Failure, Response, SessionInfo
+from gpu_service.messages import ErrorCode, Failure, Response, SessionInfo
 from tests.service.conftest import Worker
 from tests.service.fakes import BOUND_S, NOT_A_NUMBER, POISON, WAIT, frame
 

@@ -9,7 +9,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection
 
 from gpu_service import protocol
-from gpu_service.protocol import ErrorCode, Failure, Request, Response, Scalar
+from gpu_service.messages import ErrorCode, Failure, Request, Response, Scalar
 from tests.service.conftest import Worker
 from tests.service.fakes import (
     BOUND_S,

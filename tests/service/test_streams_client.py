@@ -33,15 +33,9 @@ from gpu_service.client import (
     SequenceLostError,
 )
 from gpu_service.client_calls import FULL_RESPONSES, MOST_RESPONSES
-from gpu_service.dispatch import BatchOutput, Engine, Stream, Tensors
-from gpu_service.protocol import (
-    Cancel,
-    ProtocolError,
-    Request,
-    Response,
-    decode_message,
-    encode_response,
-)
+from gpu_service.device import BatchOutput, Engine, Stream, Tensors
+from gpu_service.messages import Cancel, ProtocolError, Request, Response
+from gpu_service.protocol import decode_message, encode_response
 from gpu_service.signature import ModelInfo
 from tests.service.conftest import Process, Worker, metric
 from tests.service.fakes import BOUND_S, POISON, WAIT, Gate

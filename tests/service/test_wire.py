@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 
 from gpu_service import protocol
-from gpu_service.protocol import Response
+from gpu_service.messages import Response
 from tests.service.conftest import Worker
 from tests.service.fakes import BOUND_S, WAIT, frame
 

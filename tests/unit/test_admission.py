@@ -10,7 +10,7 @@ from websockets.datastructures import Headers
 
 from gpu_service import admission
 from gpu_service.admission import Admission, Client, Clients, Origins, Tokens, new_token
-from gpu_service.dispatch import StartupError
+from gpu_service.device import StartupError
 from gpu_service.settings import Settings
 
 

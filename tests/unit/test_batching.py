@@ -1,4 +1,6 @@
+import copy
 import math
+from collections.abc import Sequence
 
 import hypothesis.strategies as st
 import pytest
@@ -612,28 +614,43 @@ class Reality(RuleBasedStateMachine):
 
     def judge(self, batch: list[Ticket[int]], room: int) -> None:
         """Each was the next when it was taken, what had expired was dropped, and no more fitted."""
-        rest = list(batch)
-        while next_ := self.next_(batch[0].key if rest != batch else ...):
-            if expired := [one for one in next_ if one.ticket.state is State.EXPIRED]:
-                assert expired[0].ticket.expires_at <= self.clock.now
-                self.waiting.remove(expired[0])
-                self.promote(*batch[: len(batch) - len(rest)])
-            elif rest and (each := self.among(next_, rest[0])):
-                assert rest.pop(0).expires_at > self.clock.now
-                room -= each.ticket.samples
-                self.waiting.remove(each)
-            else:
-                assert any(one.ticket.samples > room for one in next_)
-                break
-        assert not rest
+        after = self.explained(self.waiting, [], batch, room)
+        assert after is not None
+        self.waiting = after
 
-    def next_(self, key: object) -> list[Waiting]:
+    def explained(
+        self,
+        waiting: list[Waiting],
+        taken: list[Ticket[int]],
+        rest: list[Ticket[int]],
+        room: int,
+    ) -> list[Waiting] | None:
+        """What still waits after a batch of `taken` and `rest`; None if it should be another.
+
+        Of equals that have expired any may be dropped first: whose stream goes on then, is next.
+        """
+        next_ = self.next_(waiting, taken[0].key if taken else ...)
+        expired = [each for each in next_ if each.ticket.state is State.EXPIRED]
+        for one in expired:
+            assert one.ticket.expires_at <= self.clock.now
+            others = [copy.copy(each) for each in waiting if each is not one]
+            self.promote(others, taken)
+            if (after := self.explained(others, taken, rest, room)) is not None:
+                return after
+        if expired:
+            return None
+        if rest and any(each.ticket is rest[0] for each in next_):
+            assert rest[0].expires_at > self.clock.now
+            others = [each for each in waiting if each.ticket is not rest[0]]
+            room -= rest[0].samples
+            return self.explained(others, [*taken, rest[0]], rest[1:], room)
+        is_all = not next_ or any(one.ticket.samples > room for one in next_)
+        return waiting if is_all and not rest else None
+
+    def next_(self, waiting: list[Waiting], key: object) -> list[Waiting]:
         """Of what is eligible, of this key unless it is `...`: what comes first, equals too."""
-        eligible = [each for each in self.eligible() if key in (..., each.ticket.key)]
+        eligible = [each for each in self.eligible(waiting) if key in (..., each.ticket.key)]
         return [each for each in eligible if self.rank(each) == self.rank(eligible[0])]
-
-    def among(self, next_: list[Waiting], ticket: Ticket[int]) -> Waiting | None:
-        return next((each for each in next_ if each.ticket is ticket), None)
 
     @precondition(lambda self: self.on_device)
     @rule(data=st.data())
@@ -647,10 +664,12 @@ class Reality(RuleBasedStateMachine):
 
     # -------------------------------------------------------------------- what has to follow
 
-    def promote(self, *taken: Ticket[int]) -> None:
+    def promote(
+        self, waiting: list[Waiting] | None = None, taken: Sequence[Ticket[int]] = ()
+    ) -> None:
         """The first of each stream that has nothing on the device is eligible from now on."""
         seen = {ticket.stream for batch in [*self.on_device, taken] for ticket in batch}
-        for each in self.waiting:
+        for each in self.waiting if waiting is None else waiting:
             stream = each.ticket.stream
             if each.eligible_at is None and (stream is None or stream not in seen):
                 each.eligible_at = self.clock.now
@@ -661,8 +680,9 @@ class Reality(RuleBasedStateMachine):
         in_time = self.clock.now - each.eligible_at < self.OVERTAKEN_S
         return (in_time, -each.ticket.priority if in_time else 0, each.eligible_at)
 
-    def eligible(self) -> list[Waiting]:
-        eligible = [each for each in self.waiting if each.eligible_at is not None]
+    def eligible(self, waiting: list[Waiting] | None = None) -> list[Waiting]:
+        waiting = self.waiting if waiting is None else waiting
+        eligible = [each for each in waiting if each.eligible_at is not None]
         return sorted(eligible, key=self.rank)
 
     def is_due(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gpu_service import control
-from gpu_service.dispatch import StartupError
+from gpu_service.device import StartupError
 from tests.service.fakes import BOUND_S
 from tests.unit.test_registry import Shelf, shelf  # noqa: F401 - a fixture
 

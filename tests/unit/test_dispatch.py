@@ -8,20 +8,11 @@ import msgspec
 import numpy
 import pytest
 
+from gpu_service.batches import FinishedBatch, Limits
 from gpu_service.batching import State, Ticket
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import (
-    BatchOutput,
-    BrokenError,
-    Channel,
-    Dispatcher,
-    Engine,
-    FinishedBatch,
-    Limits,
-    Stream,
-    StreamsFullError,
-    Tensors,
-)
+from gpu_service.device import BatchOutput, BrokenError, Engine, Stream, StreamsFullError, Tensors
+from gpu_service.dispatch import Channel, Dispatcher
 from gpu_service.signature import ModelInfo
 
 BOUND_S = 30.0  # of every wait; far longer than any takes

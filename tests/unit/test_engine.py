@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gpu_service import bundle, datatypes
 from gpu_service.bundle import TensorSpec
-from gpu_service.dispatch import StartupError, Stream, Tensors
+from gpu_service.device import StartupError, Stream, Tensors
 from gpu_service.engine import (
     BF16,
     FP32,

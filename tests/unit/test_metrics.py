@@ -1,8 +1,8 @@
 import re
 from typing import Any
 
+from gpu_service.messages import ErrorCode
 from gpu_service.metrics import OK, Metrics, ModelFigures, Reason
-from gpu_service.protocol import ErrorCode
 
 
 def value(metrics: Metrics, name: str) -> float:

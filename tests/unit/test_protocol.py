@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from numpy.typing import NDArray
 
 from gpu_service import datatypes, protocol
-from gpu_service.protocol import Cancel, ErrorCode, Failure, ProtocolError, Request, Response
+from gpu_service.messages import Cancel, ErrorCode, Failure, ProtocolError, Request, Response
 
 # How long an example takes says nothing on a machine that does other things, too.
 untimed = settings(deadline=None)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from fuzz import driver
 from gpu_service import datatypes, protocol
-from gpu_service.protocol import (
+from gpu_service.messages import (
     Cancel,
     ErrorCode,
     Failure,

@@ -7,10 +7,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from gpu_service.batches import FinishedBatch, Limits
 from gpu_service.batching import Ticket
 from gpu_service.bundle import BundleError
-from gpu_service.dispatch import Dispatcher, Engine, FinishedBatch, Limits, StartupError
-from gpu_service.protocol import ErrorCode, ProtocolError, Request
+from gpu_service.device import Engine, StartupError
+from gpu_service.dispatch import Dispatcher
+from gpu_service.messages import ErrorCode, ProtocolError, Request
 from gpu_service.registry import LoadError, Registry, Served, in_thread
 from tests.service.fakes import BOUND_S, FakeEngine, Gate
 

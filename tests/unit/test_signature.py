@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from gpu_service import signature
 from gpu_service.bundle import TensorSpec
-from gpu_service.protocol import ErrorCode, ProtocolError, Request
+from gpu_service.messages import ErrorCode, ProtocolError, Request
 from gpu_service.signature import ModelInfo
 
 MODEL = ModelInfo(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_service.dispatch import StartupError
+from gpu_service.device import StartupError
 from gpu_service.sockets import bind_unix, open_listeners
 
 HOST = "127.0.0.1"
