@@ -57,7 +57,7 @@ deploy: can-host $(READY) ## lab hosts, a trained model, a deploy, predictions t
 	@$(BIN)/python -m gpu_service predict ws://localhost:8009 --bundle models/digits
 	@cat docs/after-deploy.txt
 
-drift: $(READY) ## what differs from the declared state; exits 0 none, 2 some, 1 error
+drift: $(READY) ## what differs from the declared state (exit codes: docs/runbook.md)
 	@$(BIN)/python -m provision.drift $(INVENTORY)
 
 down: $(READY) ## stop the lab's hosts and remove them

@@ -1,7 +1,10 @@
-"""What differs from the declared state, host by host, changing nothing: `make drift`.
+"""What differs from the declared state, host by host, changing nothing.
+
+    python -m provision.drift [inventory.py]
 
 A thin shell around `pyinfra --dry`, which always exits 0. Exit codes, for a scheduler or a
-pipeline: 0 nothing differs, 2 something does, 1 it could not be told.
+pipeline: 0 nothing differs, 2 something does, 1 it could not be told. `make drift` shows the same,
+but make ends with 2 for whatever is not 0.
 """
 
 from __future__ import annotations
