@@ -144,17 +144,17 @@ def test_every_worker_is_ready(worker: Target) -> None:
 
 
 @pytest.mark.parametrize("kind", ["runtime", "permanent"])
-def test_firewalld_admits_the_gateways_only(worker: Target, kind: str) -> None:
+def test_firewalld_admits_who_is_declared_only(worker: Target, kind: str) -> None:
     if not worker.host.run("systemctl is-active --quiet firewalld").succeeded:
         return
     flag = "--permanent" if kind == "permanent" else ""
     ports = worker.host.check_output(f"firewall-cmd {flag} --list-ports").split()
     rules = worker.host.check_output(f"firewall-cmd {flag} --list-rich-rules")
-    for port in worker.fleet.ports(worker.settings):
+    for port, addresses in workers.admitted(worker.settings, worker.fleet).items():
         assert f"{port}/tcp" not in ports
         admitted = {
             line.split('source address="')[1].split('"')[0]
             for line in rules.splitlines()
             if f'port port="{port}"' in line
         }
-        assert admitted == set(worker.fleet.gateway_addresses())
+        assert admitted == set(addresses)
