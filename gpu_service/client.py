@@ -272,27 +272,55 @@ async def fetch_json(
 ) -> Any:
     """What the HTTP side of the server at WebSocket address `url` says at `path`.
 
+    That is below the path of `url`, where a gateway has a service; or, since a server takes
+    WebSockets at any path, further up.
+
     Raises UnreachableError, and InferenceError for an answer that is an error.
     """
     return await asyncio.to_thread(_fetch_json, url, path, timeout_s, tls)
 
 
 def _fetch_json(url: str, path: str, timeout_s: float, tls: ssl.SSLContext | None) -> Any:
+    refused: ClientError | None = None
+    for target in _targets(urllib.parse.urlsplit(url).path, path):
+        status, body = _get(url, target, timeout_s, tls)
+        try:
+            return _content(url, target, status, body)
+        except ClientError as error:
+            refused = refused or error
+    assert refused is not None, "there is always one target"
+    raise refused
+
+
+def _targets(base: str, path: str) -> Iterator[str]:
+    """Where `path` may be, below `base` first, then further up."""
+    base = urllib.parse.quote(base, safe="/%:@!$&'()*+,;=~").rstrip("/")
+    while base:
+        yield f"{base}{path}"
+        base = base.rpartition("/")[0].rstrip("/")
+    yield path
+
+
+def _get(url: str, target: str, timeout_s: float, tls: ssl.SSLContext | None) -> tuple[int, bytes]:
+    """The status and the body of what the server says to a request. Raises UnreachableError."""
     connection = _http(urllib.parse.urlsplit(url), timeout_s, tls)
     try:
-        connection.request("GET", path)
+        connection.request("GET", target)
         response = connection.getresponse()
-        body = response.read()
+        return response.status, response.read()
     except (OSError, http.client.HTTPException) as error:
         raise UnreachableError(explained(url, error)) from None
     finally:
         connection.close()
+
+
+def _content(url: str, target: str, status: int, body: bytes) -> Any:
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        raise UnreachableError(f"{url}: {path} is not JSON; is this a gpu_service?") from None
-    if response.status != http.client.OK:
-        raise InferenceError(ErrorCode.NOT_FOUND, f"{url}: {path}: HTTP {response.status}")
+        raise UnreachableError(f"{url}: {target} is not JSON; is this a gpu_service?") from None
+    if status != http.client.OK:
+        raise InferenceError(ErrorCode.NOT_FOUND, f"{url}: {target}: HTTP {status}")
     return content
 
 

@@ -8,7 +8,9 @@ import logging
 import math
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy
@@ -574,6 +576,42 @@ async def test_a_server_that_stays_away_is_unreachable_at_the_deadline(
         await asyncio.to_thread(process.kill)
         with pytest.raises(UnreachableError, match=r"no answer within 0.5 s; ws://127"):
             await client.infer(x_of(1), deadline_s=0.5)
+
+
+async def test_metadata_of_a_service_is_below_its_path() -> None:
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            there = self.path == "/digits/v2"
+            body = b'{"worker":"w"}' if there else b"<html>404</html>"
+            self.send_response(200 if there else 404)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Not to stderr."""
+
+    asked: list[str] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Gateway) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            url = f"ws://127.0.0.1:{server.server_port}"
+            found = await fetch_json(f"{url}/digits/", "/v2", timeout_s=BOUND_S)
+            assert (found, asked) == ({"worker": "w"}, ["/digits/v2"])
+            asked.clear()
+            with pytest.raises(UnreachableError, match="/cats/v2 is not JSON"):
+                await fetch_json(f"{url}/cats", "/v2", timeout_s=BOUND_S)
+            assert asked == ["/cats/v2", "/v2"]
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+async def test_metadata_is_found_from_any_path_that_takes_websockets(worker: Worker) -> None:
+    server = await fetch_json(f"{worker.url}/any/where", "/v2", timeout_s=BOUND_S)
+    assert server["worker"] == "test-worker"
 
 
 async def test_metadata_is_fetched_over_http(worker: Worker) -> None:
