@@ -18,6 +18,7 @@ from provision import (
     facts,
     metrics,
     nginx_packages,
+    nginx_versions,
     operations,
     rendering,
     selinux,
@@ -70,6 +71,7 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
         files=files,
         main=partial(nginx_conf, settings, fleet, cores),
         probe=fleet.probe(settings),
+        oldest=nginx_versions.oldest_with(settings.needed_features.values()),
     )
     if settings.tls_acme:
         acme.certificate(name="Certificate of the ACME authority", settings=settings)

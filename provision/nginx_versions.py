@@ -133,6 +133,11 @@ def abilities(version: Version) -> dict[str, bool]:
     return {str(feature): version >= arrival.since for feature, arrival in ARRIVALS.items()}
 
 
+def oldest_with(features: Iterable[Feature]) -> Version:
+    """The oldest version that has all of them."""
+    return max([OLDEST, *(ARRIVALS[feature].since for feature in features)])
+
+
 def problems(version: Version, needed: Mapping[str, Feature]) -> list[str]:
     """What a version cannot do of what settings need (setting -> feature), a sentence each."""
     found = []

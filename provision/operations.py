@@ -314,13 +314,17 @@ MANAGED = "/var/lib/gpu-gateway/managed"  # paths, a line each
 
 @operation()
 def run_nginx(
-    files: Iterable[ManagedFile], main: Callable[[Version], ManagedFile], probe: str
+    files: Iterable[ManagedFile],
+    main: Callable[[Version], ManagedFile],
+    probe: str,
+    oldest: Version = nginx_versions.OLDEST,
 ) -> Commands:
     """nginx enabled, running, and running *this* configuration; or what it ran before.
 
     + files: everything that belongs to it beside nginx.conf
     + main: nginx.conf, for the version that is installed
     + probe: where clients are served, as files/handshake.sh reads it
+    + oldest: the oldest version that can do what is declared
 
     All candidates are staged beside the live files. One script does the rest, holding a lock, and
     ends what it began even if the connection is lost (files/nginx-activate.sh): the candidates are
@@ -337,8 +341,9 @@ def run_nginx(
     if version is None and executing():
         yield fail(f"nginx does not say which version it is: {nginx.told or 'it is not installed'}")
         return
-    # At prepare it may not be installed yet: a configuration that any version reads shows the rest.
-    configuration = main(version or nginx_versions.OLDEST)
+    # At prepare it may not be installed yet, or be one that this run will upgrade: a configuration
+    # for the oldest that will do shows the rest.
+    configuration = main(version if version and executing() else max(version or oldest, oldest))
     files = [configuration, *files]
     digest = hashlib.sha256("".join(f.path + f.sha256 for f in files).encode()).hexdigest()
     found = host.get_fact(facts.FileStates, paths=tuple(f.path for f in files))

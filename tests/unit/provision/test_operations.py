@@ -14,6 +14,7 @@ from pyinfra.api.operations import run_ops
 from pyinfra.api.state import StateStage
 
 from provision import nginx_versions, operations
+from provision.nginx_versions import Feature
 from provision.operations import ManagedFile, Roll, WorkerUnit
 from provision.rolling import Rollout
 
@@ -405,6 +406,19 @@ def test_the_configuration_is_for_the_version_that_the_host_has() -> None:
 
     run(operations.run_nginx, TOLD, files=[], main=main, probe="8009")
     assert asked[-1] == "1.22.1"
+
+
+def test_before_an_upgrade_what_would_change_is_told_for_a_version_that_can_do_it() -> None:
+    """At prepare: what the older one that is still installed can do does not count."""
+    asked: list[nginx_versions.Version] = []
+
+    def main(version: nginx_versions.Version) -> ManagedFile:
+        asked.append(version)
+        return FILE
+
+    needed = nginx_versions.oldest_with([Feature.STICKY, Feature.HTTP2_DIRECTIVE])
+    run(operations.run_nginx, TOLD, files=[], main=main, probe="8009", oldest=needed)
+    assert asked[0] == needed == nginx_versions.ARRIVALS[Feature.STICKY].since
 
 
 def test_a_host_without_nginx_is_told_apart() -> None:
