@@ -337,6 +337,11 @@ class UnitState(_Answer):
     main_pid: int = 0
     deployment: str = ""
 
+    @property
+    def is_up(self) -> bool:
+        """Whether it runs; one that reloads goes on serving meanwhile."""
+        return self.active in ("active", "reloading")
+
 
 class UnitStates(FactBase[dict[str, UnitState]]):
     """State of systemd units.

@@ -521,7 +521,7 @@ class WorkerUnit:
 
     def runs(self, service: facts.UnitState, socket: facts.UnitState) -> bool:
         """Whether what was declared is what runs, listening on the socket that was declared."""
-        as_declared = service.active == "active" and service.deployment == self.deployment
+        as_declared = service.is_up and service.deployment == self.deployment
         return as_declared and (socket.active == "active") == self.keeps_socket
 
 
@@ -576,10 +576,9 @@ def roll_workers(
     for worker in workers:
         service = found.get(worker.name, facts.UnitState())
         socket = found.get(worker.socket, facts.UnitState())
-        up = service.active == "active"
         if executing():
-            rollout.note(worker.worker, weight=worker.weight if up else 0)
-        if up and down_only:
+            rollout.note(worker.worker, weight=worker.weight if service.is_up else 0)
+        if service.is_up and down_only:
             continue
         in_place = worker.settings.matches(files.get(worker.settings.path))
         if not service.enabled:
@@ -628,7 +627,7 @@ def _reason_to_wait(
     refused = rollout.refusal(
         worker.worker, min_up=roll.min_up, capacity=roll.capacity.get(worker.service, {})
     )
-    if refused is None and service.active == "active":
+    if refused is None and service.is_up:
         _until_seen(rollout, roll)
     return refused
 

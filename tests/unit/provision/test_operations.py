@@ -257,6 +257,14 @@ def test_a_worker_that_is_down_is_started_although_its_settings_are_right() -> N
     assert is_switch(commands[-1], A)
 
 
+def test_a_worker_that_reloads_its_models_is_up() -> None:
+    right = answers(unit_answer(A.name, active="reloading"))
+    assert roll(right, A) == []
+    stale = answers(unit_answer(A.name, active="reloading", deployment="d0"))
+    assert roll(stale, A, down_only=True) == []
+    assert is_switch(roll(stale, A)[-1], A)
+
+
 def test_those_that_are_down_are_started_first_and_no_other_is_touched() -> None:
     script = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, active="failed"))
     (command,) = roll(script, A, B, down_only=True)
