@@ -48,7 +48,7 @@ deploy: can-host $(READY) ## lab hosts, a trained model, a deploy, predictions t
 	@echo "==> 2/5 a model, trained with DistributedDataParallel"
 	@if ls models/digits/*/manifest.json >/dev/null 2>&1; then echo "there is one in models/digits"; \
 	  else $(MAKE) --no-print-directory model; fi
-	@echo "==> 3/5 wheels for hosts without internet"
+	@echo "==> 3/5 wheels for the hosts, which need no internet"
 	@$(BIN)/python -m provision.wheelhouse build --if-missing
 	@$(BIN)/python -m provision.compiled --if-possible
 	@echo "==> 4/5 pyinfra inventory.py deploy.py"
@@ -66,28 +66,28 @@ down: $(READY) ## stop the lab's hosts and remove them
 model: $(READY) ## train the example model with DistributedDataParallel
 	@OMP_NUM_THREADS=1 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 $(BIN)/torchrun --standalone --nproc-per-node=2 -m gpu_service.training --output models
 
-wheelhouse: $(READY) ## what GPU hosts without internet need: wheels, and the service compiled
+wheelhouse: $(READY) ## wheels for hosts (the CPU build of torch; GPUs: README), and the service compiled
 	@$(BIN)/python -m provision.wheelhouse build
 	@$(BIN)/python -m provision.compiled --if-possible
 
-test: can-host $(READY) lint ## everything, including deploys on lab hosts (root on Linux)
+test: can-host $(READY) lint ## everything, including deploys on lab hosts (root on Linux; gcc, Python's headers)
 	@$(BIN)/python -m pytest --numprocesses 2
 
 .PHONY: test-selinux
 test-selinux: can-host $(READY) ## nginx under SELinux, in a virtual machine (minutes; 2 GiB)
 	@$(BIN)/python -m pytest tests/selinux $(if $(wildcard models/digits/*/manifest.json),--bundle models/digits)
 
-test-unit: $(READY) ## what needs neither root nor hosts
+test-unit: $(READY) ## what needs neither root nor hosts (gcc, Python's headers)
 	@$(BIN)/python -m pytest --numprocesses 2 -m "not lab"
 
-bench: $(READY) ## the service's speed and memory (gcc; docs/benchmarks.md, bench/results/)
+bench: $(READY) ## the service's speed and memory (gcc, Python's headers; docs/benchmarks.md, bench/results/)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt
 	@$(BIN)/python -m bench
 
 bench-deploy: can-host $(READY) ## deploys: against Ansible, under traffic, killed (root; lab hosts; an hour)
 	@$(BIN)/python -m bench ansible changes rolling interrupts
 
-bench-peers: $(READY) ## the service against mosec and pytriton, each in .bench/ (2.5 GB)
+bench-peers: $(READY) ## the service against mosec and pytriton, each in .bench/ (2.5 GB; gcc, Python's headers)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements/bench.txt
 	@$(BIN)/python -m bench peers
 
