@@ -1,4 +1,5 @@
-"""Many open connections: `python -m bench.connections`. Needs gcc.
+"""Many open connections: `python -m bench.connections`. Needs gcc and
+Python's headers.
 
 Opens 20,000 WebSockets through nginx to two workers, lets each ask once, and says what memory each
 costs in nginx and workers together. Another client asks at a steady rate, with them and without

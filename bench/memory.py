@@ -1,4 +1,5 @@
-"""Whether a worker's memory stays as it is: `python -m bench.memory`. Needs gcc.
+"""Whether a worker's memory stays as it is: `python -m bench.memory`. Needs gcc and
+Python's headers.
 
 Two workers, one with the example model and one with a model that computes nothing, each answer
 1,000,000 requests and see 50,000 clients come and go, in rounds. What is resident after the last

@@ -4,8 +4,8 @@ Owns the tokens, the allowed Origins, and what each client has used up. The poli
 its clock handed in; only `Tokens` reads a file. All of it runs on the event loop, in handshakes
 but for `Client.take`, which each request passes where there is a limit on their rate.
 
-A client is the name of its token, else its address. Addresses of IPv6 count by their /64: one
-client has all of it.
+A client is the name of its token, else the subject of its certificate as a trusted gateway tells
+it, else its address. Addresses of IPv6 count by their /64: one client has all of it.
 """
 
 import hashlib

@@ -50,7 +50,7 @@ class SequenceLostError(ClientError):
 
 
 class InferenceError(ClientError):
-    """The server answered with an error. `code` is one of `protocol.ErrorCode`, or a newer one."""
+    """The server answered with an error. `code` is one of `messages.ErrorCode`, or a newer one."""
 
     def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(f"{code}: {message}")

@@ -2,7 +2,7 @@
 
 Owns the device's buffers, the weights and the state of sequences. `open_bundle` runs on whatever
 thread loads models; once an engine serves, the inference thread alone calls it (see `dispatch`).
-The only module of the service that imports torch.
+Of a worker that serves, only this module and the networks in `models/` import torch.
 """
 
 import contextlib

@@ -203,8 +203,8 @@ class Settings:
     )
     max_connections_per_client: int = _setting(
         0,
-        "open WebSocket connections of one client, which is its token's name, else its address; "
-        "0: no bound",
+        "open WebSocket connections of one client, which is its token's name, else the subject of "
+        "its certificate as a trusted gateway tells it, else its address; 0: no bound",
         at_least=0,
         at_most=1_000_000,
     )

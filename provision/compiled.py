@@ -25,8 +25,8 @@ from filelock import FileLock
 
 from provision.rendering import CHECKOUT
 
-# What runs for each message or batch. Not those that msgspec reads the annotations of, which
-# mypyc drops, nor those whose classes others inherit from.
+# What runs for each message or batch. Not those whose Structs msgspec decodes into: mypyc drops the
+# types of their annotations; nor those whose classes others inherit from.
 MODULES = (
     "batching",
     "connection",

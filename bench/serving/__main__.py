@@ -1,4 +1,5 @@
-"""What the service costs beside its model: `python -m bench.serving`. Needs gcc and picows.
+"""What the service costs beside its model: `python -m bench.serving`. Needs gcc, Python's
+headers and picows.
 
 The raw forward, the service, the same through nginx and with a model that computes nothing, and
 picows' echo server are measured in turns, several times, on one machine; ratios are of medians of
