@@ -82,6 +82,16 @@ def ask(command: StringCommand, *, of: Host | None = None) -> tuple[bool, Comman
     return (of or host).run_shell_command(command, **as_operation)
 
 
+def beside(path: str, what: str) -> str:
+    """The hidden name beside a file: the same file system, SELinux type and relative includes.
+
+    `what`: `candidate`, or what files/nginx-trial.sh and files/take-certificate.sh leave there
+    while they work, `incoming` and `outgoing`.
+    """
+    folder, name = posixpath.split(path)
+    return posixpath.join(folder, f".{name}.{what}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ManagedFile:
     """A file that this project owns whole: its bytes, mode and owner."""
@@ -107,9 +117,7 @@ class ManagedFile:
 
     @property
     def candidate(self) -> str:
-        """Beside the file: the same file system, SELinux type and relative includes."""
-        folder, name = posixpath.split(self.path)
-        return posixpath.join(folder, f".{name}.candidate")
+        return beside(self.path, "candidate")
 
     def matches(self, found: facts.FileState | None) -> bool:
         return found == facts.FileState(

@@ -8,7 +8,7 @@ from the host each time, so a run that was cut is finished by the next.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -37,8 +37,9 @@ _NGINX_READS = (
     f"{UNITS}/nginx.service.d/",
     "/etc/pki/gpu-gateway/",
 )
-# What a switch of a worker, or a run that was cut, leaves beside a file.
+# What a switch of a worker, or a run that was cut, leaves beside a file; copies of keys among it.
 _BESIDE = ("{}.previous", "{}.rollback", "{}.candidate", "{}.log")
+_HIDDEN = ("candidate", "incoming", "outgoing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +102,20 @@ class Fate(StrEnum):
 
 def nginx_fate(noted: Record, plan: FilePlan, foreign: Iterable[str]) -> Fate:
     """`foreign`: configuration of nginx that neither a package nor a deploy placed. Pure."""
-    if NGINX_CONF not in noted.of("file") and NGINX not in noted.of("unit"):
+    ours = installed_nginx(noted)
+    if not ours and NGINX_CONF not in noted.of("file") and NGINX not in noted.of("unit"):
         return Fate.UNTOUCHED
     if any(stays.what == NGINX_CONF for stays in plan.left):
         return Fate.LEFT
-    ours = (
-        any("nginx" in names.get("package", ()) for names in noted.came.values())
-        or noted.of("package").get("nginx") == "absent"
-    )
     return Fate.GONE if ours and not list(foreign) else Fate.AS_FOUND
+
+
+def installed_nginx(noted: Record) -> bool:
+    """Whether nginx came by a deploy, under the name that `nginx_package` had. Pure."""
+    if any("nginx" in kinds.get("package", ()) for kinds in noted.came.values()):
+        return True
+    asked = [found for name, found in noted.of("package").items() if name.startswith("nginx")]
+    return bool(asked) and all(found == "absent" for found in asked)
 
 
 def is_nginx_s(path: str) -> bool:
@@ -350,25 +356,23 @@ def _put_back(paths: Iterable[str], *, check: str = "") -> Commands:
         yield script(
             'cp -a "$1" "$2.partial" && mv -fT "$2.partial" "$2"',
             f"{record.FOLDER}/found{path}",
-            _candidate(path),
+            operations.beside(path, "candidate"),
         )
     if check in paths:
-        yield operations.nginx_check(_candidate(check))
+        yield operations.nginx_check(operations.beside(check, "candidate"))
     for path in paths:
-        yield quoted("mv", "-fT", "--", _candidate(path), path)
+        yield quoted("mv", "-fT", "--", operations.beside(path, "candidate"), path)
 
 
-def _candidate(path: str) -> str:
-    folder, name = posixpath.split(path)
-    return posixpath.join(folder, f".{name}.candidate")
-
-
-def beside(paths: Iterable[str]) -> list[str]:
+def remains_of(paths: Iterable[str]) -> list[str]:
     """Where runs may have left something beside files that they wrote. Pure."""
     return [
         other
         for path in paths
-        for other in (_candidate(path), *(pattern.format(path) for pattern in _BESIDE))
+        for other in (
+            *(operations.beside(path, what) for what in _HIDDEN),
+            *(pattern.format(path) for pattern in _BESIDE),
+        )
     ]
 
 
@@ -459,7 +463,8 @@ def files_as_found() -> Commands:
     paths = [path for path in plan.steps if not (settled and is_nginx_s(path))]
     changed = {stays.what for stays in plan.left}
     remains = host.get_fact(
-        facts.Paths, paths=tuple(beside(path for path in noted.of("file") if path not in changed))
+        facts.Paths,
+        paths=tuple(remains_of(path for path in noted.of("file") if path not in changed)),
     )
     _say(f"{plan.steps[path]}s {path}" for path in paths)
     yield from _put_back(path for path in paths if plan.steps[path] is Do.RESTORE)
@@ -470,8 +475,10 @@ def files_as_found() -> Commands:
         yield quoted("systemctl", "daemon-reload")
 
 
-def _installed_here(noted: Record, fate: Fate) -> dict[str, tuple[str, ...]]:
-    """Package that was asked for -> those that came with it, where they are to go."""
+def installed_here(noted: Record, fate: Fate) -> dict[str, tuple[str, ...]]:
+    """Package that was asked for -> it and those that came with it, where they are to go; in the
+    order in which they came. Pure.
+    """
     brought = {name: kinds.get("package", ()) for name, kinds in noted.came.items()}
     absent = {name: () for name, found in noted.of("package").items() if found == "absent"}
     return {
@@ -479,6 +486,23 @@ def _installed_here(noted: Record, fate: Fate) -> dict[str, tuple[str, ...]]:
         for name, names in {**absent, **brought}.items()
         if fate is Fate.GONE or not name.startswith("nginx")
     }
+
+
+def _leaving(noted: Record, fate: Fate) -> dict[str, Leaving]:
+    """Package that was asked for -> what is installed of it, the last one first.
+
+    What came later may need what came before, so it goes first; each is asked about together with
+    those that go before it.
+    """
+    found = {}
+    going: list[str] = []
+    for asked, names in reversed(installed_here(noted, fate).items()):
+        told = host.get_fact(LeavingPackages, packages=(*going, *names))
+        own = {name: version for name, version in told.installed.items() if name in names}
+        found[asked] = Leaving(installed=own, obstacles=told.obstacles if own else ())
+        if not told.obstacles:
+            going += names
+    return found
 
 
 @operation()
@@ -489,11 +513,14 @@ def packages_go() -> Commands:
     """
     noted = _noted()
     fate, _ = _fate(noted, _files(noted))
-    for names in _installed_here(noted, fate).values():
-        leaving = host.get_fact(LeavingPackages, packages=names)
-        if leaving.installed and not leaving.obstacles:
-            _say(f"uninstalls {name}" for name in leaving.installed)
-            yield script(_UNINSTALL, *leaving.installed)
+    going = [
+        leaving.installed
+        for leaving in _leaving(noted, fate).values()
+        if leaving.installed and not leaving.obstacles
+    ]
+    _say(f"uninstalls {name}" for names in going for name in names)
+    for names in going:
+        yield script(_UNINSTALL, *names)
 
 
 def replaced_packages(noted: Record, installed: Mapping[str, str]) -> list[Left]:
@@ -507,6 +534,16 @@ def replaced_packages(noted: Record, installed: Mapping[str, str]) -> list[Left]
         if found not in ("absent", installed.get(name))
         and installed.get(name) in noted.wrote.get(("package", name), ())
     ]
+
+
+def packages_left(leaving: Leaving, *, gone: bool) -> list[Left]:
+    """Packages that something needs; or, when those that can go are `gone`, all that are there.
+    Pure.
+    """
+    reasons = leaving.obstacles[:3]
+    if gone and leaving.installed and not reasons:
+        reasons = ("it came by a deploy, and the package manager did not take it away",)
+    return [Left(what=f"package {', '.join(leaving.installed)}", why=why) for why in reasons]
 
 
 def folders_of(noted: Record, keep: frozenset[str]) -> tuple[list[str], list[str]]:
@@ -561,8 +598,11 @@ class EmptyFolders(FactBase[tuple[str, ...]]):
         return tuple(output)
 
 
-def accounts_of(noted: Record, *, nginx_stays: bool) -> list[str]:
-    """`user:NAME` and `group:NAME` that deploys, or packages that they installed, made. Pure."""
+def accounts_of(noted: Record, going: Container[str]) -> list[str]:
+    """`user:NAME` and `group:NAME` that deploys, or packages that they installed, made. Pure.
+
+    `going`: packages that were asked for, of which nothing stays; what stays keeps its accounts.
+    """
     found = [
         f"{kind}:{name}"
         for kind in ("user", "group")
@@ -574,7 +614,7 @@ def accounts_of(noted: Record, *, nginx_stays: bool) -> list[str]:
         for package, kinds in noted.came.items()
         for kind in ("user", "group")
         for name in kinds.get(kind, ())
-        if not (nginx_stays and package.startswith("nginx"))
+        if package in going
     ]
     return sorted({*found, *came}, reverse=True)  # users before groups
 
@@ -594,7 +634,13 @@ def accounts_go() -> Commands:
     """Users and groups that were made here. What stays of their files becomes root's."""
     noted = _noted()
     fate, _ = _fate(noted, _files(noted))
-    wanted = accounts_of(noted, nginx_stays=fate is not Fate.GONE)
+    going = [
+        asked
+        for asked, leaving in _leaving(noted, fate).items()
+        # Before the packages went: those that will.
+        if not leaving.obstacles and not (executing() and leaving.installed)
+    ]
+    wanted = accounts_of(noted, going)
     there = host.get_fact(Accounts, accounts=tuple(wanted))
     _say(f"removes {account.replace(':', ' ')}" for account in wanted if account in there)
     for account in wanted:
@@ -614,14 +660,10 @@ def left_on(noted: Record, keep: frozenset[str]) -> list[Left]:
     left = list(plan.left)
     if fate is Fate.LEFT:
         left.append(Left(what="nginx", why=f"{NGINX_CONF} is not what a deploy wrote"))
-    if foreign and any("nginx" in kinds.get("package", ()) for kinds in noted.came.values()):
+    if foreign and installed_nginx(noted):
         left.append(Left(what="nginx", why=f"it serves {', '.join(foreign)}"))
-    for names in _installed_here(noted, fate).values():
-        leaving = host.get_fact(LeavingPackages, packages=names)
-        left += [
-            Left(what=f"package {', '.join(leaving.installed)}", why=line)
-            for line in leaving.obstacles[:3]
-        ]
+    for leaving in _leaving(noted, fate).values():
+        left += packages_left(leaving, gone=executing())
     now = host.get_fact(LeavingPackages, packages=tuple(noted.of("package")))
     left += replaced_packages(noted, now.installed)
     if not executing():  # what is in the folders now goes first

@@ -14,7 +14,7 @@ from provision.facts import FileState
 from provision.record import Record
 from provision.removal import Do, Fate
 from tests.unit.provision import test_operations
-from tests.unit.provision.test_operations import Answers
+from tests.unit.provision.test_operations import Answers, FakeHosts
 
 CONF = removal.NGINX_CONF
 
@@ -85,6 +85,12 @@ INSTALLED = ("package | nginx | found | absent", "package | nginx | came-package
         ((*REPLACED, *INSTALLED), "new", ("/etc/nginx/conf.d/shop.conf",), Fate.AS_FOUND),
         ((*REPLACED, "package | nginx | found | 1.20.1-1"), "new", (), Fate.AS_FOUND),
         ((*REPLACED, *INSTALLED), "theirs", (), Fate.LEFT),
+        # A deploy that ended before it configured what it had installed, whatever that is called.
+        (INSTALLED, "x", (), Fate.GONE),
+        (("package | nginx-full | found | absent",), "x", (), Fate.GONE),
+        (("package | nginx | found | absent",), "x", ("/etc/nginx/conf.d/a.conf",), Fate.AS_FOUND),
+        (("package | nginx-full | found | 1.22-1",), "x", (), Fate.UNTOUCHED),
+        (("package | certbot | found | absent",), "x", (), Fate.UNTOUCHED),
     ],
 )
 def test_what_becomes_of_nginx(
@@ -160,6 +166,41 @@ def test_packages_that_something_needs_stay() -> None:
     assert run(removal.packages_go, {**answers, "rpm -e": needed}) == []
 
 
+def test_packages_go_in_the_reverse_of_the_order_in_which_they_came() -> None:
+    """What came later may need what came before."""
+    answers = journal("package | a | found | absent", "package | b | found | absent")
+    done = run(removal.packages_go, {**answers, "rpm -e": ["+a 1-1", "+b 1-1"]})
+    assert [command[-2:] for command in done] == [" b", " a"]
+
+
+def test_what_is_asked_about_goes_together_with_what_goes_before_it() -> None:
+    hosts = FakeHosts(
+        {"h": journal("package | a | found | absent", "package | b | found | absent")}
+    )
+    hosts.run(removal.packages_go)
+    (host,) = hosts.state.inventory
+    asked = [c for c in host.connector.executed_commands if "rpm -e --test" in c]
+    assert [command.rpartition(" gateway ")[2] for command in asked] == ["b", "b a"]
+
+
+def test_packages_that_should_have_gone_and_did_not_are_named() -> None:
+    there = removal.Leaving(installed={"a": "1-1"})
+    assert removal.packages_left(there, gone=False) == []
+    (left,) = removal.packages_left(there, gone=True)
+    assert str(left).startswith("package a stays: it came by a deploy")
+    needed = removal.Leaving(installed={"a": "1-1"}, obstacles=("a is needed by shop-1.0",))
+    assert [left.why for left in removal.packages_left(needed, gone=True)] == list(needed.obstacles)
+    assert removal.packages_left(removal.Leaving(), gone=True) == []
+
+
+def test_the_record_stays_with_a_package_that_it_tells_of() -> None:
+    answers = journal("package | nginx | found | absent")
+    answers["stat -c"] = [f"755 root root {record.STATE}"]
+    assert run(removal.record_goes, answers, keep=frozenset()) == [f"rm -rf -- {record.STATE}"]
+    answers["rpm -e"] = ["+nginx 1.26-1"]
+    assert run(removal.record_goes, answers, keep=frozenset()) == []
+
+
 def test_a_package_that_a_deploy_brought_to_another_version_is_named() -> None:
     found = noted("package | nginx | found | 1.20-1", "package | nginx | wrote | 1.26-1")
     (left,) = removal.replaced_packages(found, {"nginx": "1.26-1"})
@@ -186,12 +227,27 @@ def test_users_go_that_were_made_here_and_no_others() -> None:
         "user | slurm | found | present",
         "package | nginx | came-user | nginx",
     )
-    assert removal.accounts_of(noted(*lines), nginx_stays=False) == [
+    assert removal.accounts_of(noted(*lines), ["nginx"]) == [
         "user:nginx",
         "user:gpu-service",
         "group:gpu-service",
     ]
-    assert "user:nginx" not in removal.accounts_of(noted(*lines), nginx_stays=True)
+    assert "user:nginx" not in removal.accounts_of(noted(*lines), [])
+
+
+def test_what_a_package_runs_as_stays_with_a_package_that_something_needs() -> None:
+    answers = journal(*REPLACED, *INSTALLED, "package | nginx | came-user | nginx", **{CONF: "old"})
+    answers["/etc/passwd"] = ["user:nginx"]
+    (command,) = (c for c in run(removal.accounts_go, answers) if "/etc/passwd" not in c)
+    assert command.endswith(" nginx")
+    answers["rpm -e"] = ["+nginx 1.26-1", "\tnginx is needed by (installed) nginx-mod-stream-1.26"]
+    assert [c for c in run(removal.accounts_go, answers) if "/etc/passwd" not in c] == []
+
+
+def test_copies_of_keys_that_a_run_left_which_was_cut_go_too() -> None:
+    remains = removal.remains_of(["/etc/pki/gpu-gateway/acme.key"])
+    for what in ("candidate", "incoming", "outgoing"):
+        assert f"/etc/pki/gpu-gateway/.acme.key.{what}" in remains
 
 
 def test_the_models_go_unless_they_are_kept() -> None:
