@@ -125,8 +125,10 @@ class IsTaken(FactBase[bool]):
 @operation()
 def certbot(package: str) -> Commands:
     """certbot is installed, by the package manager that the host has."""
-    manager = host.get_fact(facts.Packages, names=(package,), files=()).manager
-    if manager == "apt":
+    found = host.get_fact(facts.Packages, names=(package,), files=())
+    if package in found.packages:
+        return  # also where the lists are a day old: apt's operation would fetch them anew
+    if found.manager == "apt":
         commands = apt.packages._inner(packages=[package], update=True, cache_time=86400)
     else:
         commands = yum.packages._inner(packages=[package])

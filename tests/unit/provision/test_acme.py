@@ -145,6 +145,17 @@ def test_the_timer_goes_with_acme() -> None:
     assert run(acme.retire, {"systemctl show": gone}) == []
 
 
+@pytest.mark.parametrize(("manager", "installs"), [("apt", "apt-get"), ("dnf", "yum")])
+def test_a_certbot_that_is_there_changes_nothing(manager: str, installs: str) -> None:
+    def done(*said: str) -> list[str]:
+        answers = {"os-release": [f"manager={manager}", *said]}
+        commands = run(acme.certbot, answers, package="certbot")
+        return [command for command in commands if "os-release" not in command]
+
+    assert done("package=certbot 2.1.0-4") == []
+    assert any(installs in command for command in done())
+
+
 def test_nginx_can_start_before_there_is_a_certificate() -> None:
     folder = ["755 root root " + ACME_WEBROOT]
     names = [f"DNS:{NAME}"]
