@@ -581,7 +581,9 @@ class GatewaySettings(ServingSettings, _Scraped):
     def listening_ports(self) -> list[int]:
         """Every port that nginx listens on."""
         tls = [self.tls_listen_port] if self.tls else []
-        return [self.listen_port, *tls, *([self.status_port] if self.status_port else [])]
+        challenges = [self.acme_http_port] if self.tls_acme else []
+        status = [self.status_port] if self.status_port else []
+        return list(dict.fromkeys([self.listen_port, *tls, *challenges, *status]))
 
     @property
     def bracketed_resolver(self) -> str | None:

@@ -134,3 +134,8 @@ def test_hardened_may_raise_its_descriptor_limit() -> None:
 def test_enforcing_labels_what_nginx_listens_on() -> None:
     found = policy(selinux_mode="enforcing", selinux_allow_connect=True, listen_port=8010)
     assert found.web_ports == (8010,)
+    asking = {"tls_acme": True, "acme_terms_agreed": True, "server_name": "gw.example.com"}
+    found = policy(
+        selinux_mode="enforcing", selinux_allow_connect=True, acme_http_port=8081, **asking
+    )
+    assert found.web_ports == (8081,)  # beside those that the policy labels itself
