@@ -104,12 +104,6 @@ def main(arguments: Sequence[str]) -> int:
     except preflight.RefusedError as error:
         print(error, file=sys.stderr)
         return 1
-    for name in fleet.asked_for_gpus():
-        print(
-            f"{name}: its ports follow from its GPUs, which only a deploy asks for; the first one "
-            "alone is named here",
-            file=sys.stderr,
-        )
     print(json.dumps(targets(fleet), indent=1))
     return 0
 

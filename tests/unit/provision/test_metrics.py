@@ -22,7 +22,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_service.metrics import Metrics, ModelFigures
-from provision import metrics, workers
+from provision import metrics, preflight, workers
 from provision.rendering import FILES
 from provision.settings import GatewaySettings
 from tests.unit.provision import fleets
@@ -175,6 +175,18 @@ def test_the_targets_are_all_that_can_be_asked() -> None:
         ("worker", "10.0.0.21:9005"),
         ("worker", "10.0.0.21:9006"),
     ]
+
+
+def test_ports_that_follow_from_gpus_are_all_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = fleet(fleets.gateway(), worker(worker_ports="per-gpu")).with_gpus({"gpu1": 2})
+    monkeypatch.setattr(preflight, "load", lambda *_: (known, {}))
+    assert metrics.main([]) == 0
+    said = capsys.readouterr()
+    assert "10.0.0.21:9005" in said.out
+    assert "10.0.0.21:9006" in said.out
+    assert said.err == ""
 
 
 def existing() -> set[str]:
