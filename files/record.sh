@@ -85,7 +85,8 @@ names() {
     esac
 }
 
-# PACKAGE…: noted before they are installed.
+# PACKAGE…: noted before they are installed. The first gives what comes its name; it is written last,
+# when the rest is whole.
 note_packages() {
     packages >"$record/packages" || exit 1
     for package; do
@@ -95,11 +96,12 @@ note_packages() {
     done
     for kind in package user group; do names $kind >"$record/before.$kind"; done
     rm -f "$record/packages"
+    printf '%s\n' "$1" >"$record/before.asked"
 }
 
 # PACKAGE: what came since then came with it: what it needs, and users.
 note_came() {
-    [ -e "$record/before.group" ] || exit 0
+    [ -e "$record/before.asked" ] || return 0
     packages >"$record/packages" || exit 1
     for kind in package user group; do
         names $kind | LC_ALL=C comm -13 "$record/before.$kind" - >"$record/came"
@@ -107,6 +109,19 @@ note_came() {
     done
     note package "$1" wrote "$(version_of "$1")"
     rm -f "$record/came" "$record/packages" "$record"/before.*
+}
+
+# An installation that was cut, or failed: what came with it is noted now. Where the package is not
+# there, or a day has gone by, what is new may as well be somebody else's: to make it work, say.
+end_installation() {
+    [ -e "$record/before.asked" ] || return 0
+    asked=$(cat "$record/before.asked")
+    packages >"$record/packages" || exit 1
+    if [ -n "$(version_of "$asked")" ] && [ -n "$(find "$record/before.asked" -mtime -1)" ]; then
+        note_came "$asked"
+    else
+        rm -f "$record/packages" "$record"/before.*
+    fi
 }
 
 # KIND (user, group) NAME
@@ -127,7 +142,9 @@ note_unit() {
 begin || { echo "$record cannot be made; nothing was changed" >&2; exit 1; }
 verb=$1
 shift
+[ "$verb" = came ] || end_installation
 case $verb in
+    ended) ;;
     file)
         note_file "$1"
         [ -z "${2-}" ] || note file "$1" wrote "$2"

@@ -42,15 +42,20 @@ _NO_WELCOME = "# Emptied by the gateway's deploy: the package has a server on po
 # dnf keeps it aside, apt where it is, when the package goes.
 _WELCOME_GOES = 'text=$1; shift; for f; do ! grep -qsxF "$text" "$f" || rm -f "$f"; done'
 
-# KEYFILE: its keys, by the last eight digits of their ids, as rpm has them.
+# KEYFILE ENTRY…: those of rpm's entries that are of its keys. rpm has the last eight digits of a
+# key's id, or more, for a version.
 _KEYS_GO = """
 command -v gpg >/dev/null || exit 0
 home=$(mktemp -d) && trap 'rm -rf "$home"' EXIT
-gpg --homedir "$home" --show-keys --with-colons "$1" 2>/dev/null |
-    awk -F : '$1 == "pub" { print "gpg-pubkey-" tolower(substr($5, 9)) }' |
-    while read -r key; do
-        ! rpm -q "$key" >/dev/null 2>&1 || rpm -e --allmatches "$key" || exit 1
-    done
+ids=$(gpg --homedir "$home" --show-keys --with-colons "$1" 2>/dev/null |
+    awk -F : '$1 == "pub" { print tolower(substr($5, 9)) }')
+shift
+for entry; do
+    id=${entry%-*}
+    id=${id#"${id%????????}"}
+    printf '%s\\n' "$ids" | grep -qxF -- "$id" || continue
+    ! rpm -q "$entry" >/dev/null 2>&1 || rpm -e -- "$entry" || exit 1
+done
 """
 
 # Where dnf keeps which stream is enabled.
@@ -168,6 +173,8 @@ def nginx_installed(declared: Wanted) -> Commands:
         return
     yield from _repository(declared, found)
     if not fits(declared, found):
+        if found.manager == "dnf":
+            yield from _module_stream(declared, found)
         by = _by_dnf if found.manager == "dnf" else _by_apt
         yield from record.installing([declared.package], by(declared, found))
         if declared.source == "nginx.org" and WELCOME not in found.files:
@@ -186,8 +193,13 @@ def keys_go() -> Commands:
 
 
 def _keys_of(found: facts.PackageState) -> Commands:
-    if DNF_KEY in found.files:
-        yield script(_KEYS_GO, DNF_KEY)
+    """Those that came here by a deploy: the operator may have had others of the same file."""
+    if DNF_KEY not in found.files:
+        return
+    came = host.get_fact(record.Journal).came.values()
+    names = (name for kinds in came for name in kinds.get("package", ()))
+    if entries := sorted({name for name in names if name.startswith("gpg-pubkey-")}):
+        yield script(_KEYS_GO, DNF_KEY, *entries)
 
 
 def _repository(declared: Wanted, found: facts.PackageState) -> Commands:
@@ -225,14 +237,13 @@ def repository_files(declared: Wanted, found: facts.PackageState) -> list[Manage
 
 
 def _by_dnf(declared: Wanted, found: facts.PackageState) -> Commands:
-    yield from _module_stream(declared, found)
-    if not declared.by_choice and not found.packages:
-        yield quoted("dnf", "-y", "-q", "install", declared.package)
-        return
     if declared.source == "nginx.org":
         scope: tuple[str, ...] = ("--disablerepo=*", f"--enablerepo={REPOSITORY}")
-    else:
+    else:  # its file goes after the package
         scope = (f"--disablerepo={REPOSITORY}",) if DNF_REPOSITORY in found.files else ()
+    if not declared.by_choice and not found.packages:
+        yield quoted("dnf", "-y", "-q", *scope, "install", declared.package)
+        return
     yield quoted("dnf", "-q", "--refresh", *scope, "makecache")
     _, output = ask(
         quoted(

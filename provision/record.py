@@ -33,12 +33,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pyinfra import host
 from pyinfra.api import FactBase, StringCommand, operation
 from pyinfra.operations import server, yum
 from typing_extensions import override
 
 from provision import rendering
-from provision.facts import script
+from provision.facts import Paths, script
 from provision.settings import ACME_WEBROOT
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 STATE = "/var/lib/gpu-gateway"
 FOLDER = f"{STATE}/record"
 JOURNAL = f"{FOLDER}/journal"
+PENDING = f"{FOLDER}/before.asked"  # there while something is being installed
 
 # Folders that hold nothing but what this project generates, and what that is. They go whole, also
 # from hosts that were deployed before there was a record; so does all in `STATE` but the record.
@@ -114,6 +116,9 @@ def before(note: StringCommand, commands: Commands) -> Commands:
 def installing(packages: Iterable[str], commands: Commands) -> Commands:
     """Commands that install packages, between two looks at what is installed; nothing where there
     are none.
+
+    None of the commands may note anything itself: a run that is cut between the two leaves the
+    first look, and the next note is the second one.
     """
     names = [package.partition("=")[0] for package in packages]
     changed = False
@@ -122,6 +127,13 @@ def installing(packages: Iterable[str], commands: Commands) -> Commands:
         yield command
     if changed:
         yield _note("came", names[0])
+
+
+@operation()
+def installation_ended() -> Commands:
+    """What came with an installation is noted, where a run was cut before it could."""
+    if PENDING in host.get_fact(Paths, paths=(PENDING,)):
+        yield _note("ended")
 
 
 @operation()

@@ -273,6 +273,7 @@ def _say(lines: Iterable[object]) -> None:
 @deploy("Uninstall")
 def host_as_found(keep: frozenset[str]) -> None:
     """Everything but the workers, which have stopped. `keep`: `models`, `logs`."""
+    record.installation_ended(name="What came here is noted")
     nginx_as_found(name="nginx is as it was found")
     units_stop(name="Units that were placed here have stopped")
     firewall_as_found(name="The firewall is as it was found")

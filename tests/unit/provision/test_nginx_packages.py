@@ -192,6 +192,22 @@ def test_back_to_the_distribution_the_repository_goes_after_its_package() -> Non
     ]
 
 
+def test_a_first_nginx_does_not_come_from_a_repository_that_is_no_longer_declared() -> None:
+    done = commands(has(file=nginx_packages.DNF_REPOSITORY))
+    assert done[0] == f"dnf -y -q --disablerepo={REPOSITORY} install nginx"
+
+
+def test_a_stream_is_enabled_before_the_look_at_what_is_installed() -> None:
+    """A note ends an installation that was cut."""
+    answers = {"os-release": has(), "repoquery": ["1:1.24.0-4.module+el9"]}
+    hosts = FakeHosts({"h": answers})
+    wish = declared(nginx_source="module", nginx_stream="1.24")
+    hosts.run(nginx_packages.nginx_installed, declared=wish)
+    (host,) = hosts.state.inventory
+    notes = [c.rpartition(" gateway ")[2] for c in host.connector.executed_commands if NOTING in c]
+    assert [note.split()[0] for note in notes] == ["file", "packages", "came"]
+
+
 MADISON = [
     " nginx | 1.26.3-1~bookworm | https://nginx.org/packages/debian bookworm/nginx amd64 Packages",
     " nginx | 1.22.1-9+deb12u3 | http://deb.example/debian bookworm/main amd64 Packages",
@@ -343,17 +359,43 @@ def test_sources_that_make_no_sense_are_refused(data: dict[str, Any], message: s
 
 
 def test_keys_of_the_repository_go_with_it_and_before_another_key_comes() -> None:
-    def run(host: list[str], **data: Any) -> list[str]:
-        return [c for c in commands(host, ["1:1.26.3-1.el9.ngx"], **data) if "gpg-pubkey-" in c]
+    journal = "package\tnginx\tcame-package\tgpg-pubkey-7bd9bf62-4e4e3262"
+
+    def run(host: list[str], journal: str = journal, **data: Any) -> list[str]:
+        done = commands(host, ["1:1.26.3-1.el9.ngx"], journal, **data)
+        return [c for c in done if "gpg-pubkey-" in c]
 
     there = has(ORG, file=nginx_packages.DNF_KEY)
     assert len(run(there, nginx_source="nginx.org")) == 1  # what lies there is another one
     assert len(run(there)) == 1
     assert run(has(ORG), nginx_source="nginx.org") == []
-    (gone,) = FakeHosts({"h": {"os-release": there}}).run(nginx_packages.keys_go).values()
-    assert any(nginx_packages.DNF_KEY in command for command in gone)
-    (none,) = FakeHosts({"h": {"os-release": has(ORG)}}).run(nginx_packages.keys_go).values()
-    assert [command for command in none if "os-release" not in command] == []
+    assert run(there, "") == []  # the operator had them before
+
+    def uninstalling(host: list[str], journal: str = journal) -> list[str]:
+        hosts = FakeHosts({"h": {"os-release": host, record.JOURNAL: [journal]}})
+        return [c for c in hosts.run(nginx_packages.keys_go)["h"] if "--show-keys" in c]
+
+    assert len(uninstalling(there)) == 1
+    assert uninstalling(there, "") == []
+    assert uninstalling(has(ORG)) == []
+
+
+def test_keys_go_that_came_here_and_no_others(tmp_path: Path) -> None:
+    for name, text in {
+        "gpg": "echo pub:-:2048:1:ABF5BD827BD9BF62:1; echo pub:-:4096:1:2FD21310B49F6B46:2",
+        "rpm": f'echo "$*" >>{tmp_path}/did',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    came = ("gpg-pubkey-573bfd6babf5bd827bd9bf62-4e4e3262", "gpg-pubkey-350d275d-627bb8d5")
+    subprocess.run(
+        ["sh", "-c", nginx_packages._KEYS_GO, "keys", "/key", *came],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=True,
+    )
+    asked, went = (tmp_path / "did").read_text().splitlines()
+    assert asked == f"-q {came[0]}"
+    assert went == f"-e -- {came[0]}"
 
 
 def test_what_needs_a_newer_one_is_looked_for() -> None:

@@ -126,6 +126,56 @@ def test_what_an_installation_brings_is_noted_and_what_was_there_is_not(host: Ho
     assert found.wrote["package", "nginx"] == {"1.20-1"}
 
 
+BARE, NGINX = "bash\t5.1-1\n", "bash\t5.1-1\nnginx\t1.20-1\nnginx-core\t1.20-1\n"
+
+
+@pytest.mark.parametrize(
+    "following", [("packages", "certbot"), ("found", "boolean", "b", "off"), ("ended",)]
+)
+def test_what_came_with_an_installation_that_was_cut_is_noted_by_the_next_note(
+    host: Host, following: tuple[str, ...]
+) -> None:
+    host.install(BARE)
+    host.note("packages", "nginx")
+    host.install(NGINX)
+    host.note(*following)
+    assert host.record().came == {"nginx": {"package": ("nginx", "nginx-core")}}
+    host.install(f"{NGINX}certbot\t2-1\n")
+    host.note("came", "certbot")
+    expected = {"package": ("certbot",)} if following[0] == "packages" else {}
+    assert host.record().came.get("certbot", {}) == expected
+    assert not list(host.folder.glob("before.*"))
+
+
+def test_what_came_after_an_installation_that_failed_is_somebody_elses(host: Host) -> None:
+    host.install(BARE)
+    host.note("packages", "nginx")
+    host.install(f"{BARE}epel-release\t9-1\n")
+    host.note("packages", "nginx")
+    host.install(f"{NGINX}epel-release\t9-1\n")
+    host.note("came", "nginx")
+    assert host.record().came == {"nginx": {"package": ("nginx", "nginx-core")}}
+
+
+def test_what_came_in_the_days_after_one_that_was_cut_is_nobody_knows_whose(host: Host) -> None:
+    host.install(BARE)
+    host.note("packages", "nginx")
+    os.utime(host.folder / "before.asked", (0, 0))
+    host.install(f"{NGINX}vim\t9-1\n")
+    host.note("ended")
+    assert host.record().came == {}
+    assert not list(host.folder.glob("before.*"))
+
+
+def test_an_installation_that_was_cut_is_ended_before_anything_goes() -> None:
+    hosts = FakeHosts({"h": {"readlink": [record.PENDING]}})
+    hosts.run(record.installation_ended)
+    assert commands(hosts)[-1].endswith(" ended")
+    settled = FakeHosts({"h": {}})
+    settled.run(record.installation_ended)
+    assert not any(map(noted, commands(settled)))
+
+
 def test_a_host_that_was_deployed_before_says_so(host: Host) -> None:
     host.state.mkdir()
     (host.state / "applied").touch()
