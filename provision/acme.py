@@ -23,12 +23,11 @@ from typing_extensions import override
 from provision import facts, operations, record, rendering
 from provision.facts import quoted, script
 from provision.operations import Commands, ManagedFile, executing, fail
-from provision.settings import ACME_CERTIFICATE, ACME_KEY, ACME_WEBROOT, GatewaySettings
+from provision.settings import ACME_CERTIFICATE, ACME_KEY, ACME_WEBROOT, UNITS, GatewaySettings
 
 HOME = "/var/lib/gpu-gateway/acme"
 LINEAGE = "gateway"
 TAKE = "/usr/libexec/gpu-gateway/take-certificate"
-UNITS = "/etc/systemd/system"
 TIMER = "gateway-certificate.timer"
 
 # Renewal comes long before. Where it did not, a deploy asks once more.

@@ -12,9 +12,10 @@ from pyinfra.api import operation
 
 from provision.facts import script
 from provision.operations import Commands, ask, executing
+from provision.settings import UNITS
 
 # Folders whose files nginx, or its unit, takes in by their mere presence.
-_READ = ("/etc/nginx/conf.d", "/etc/nginx/default.d", "/etc/systemd/system/nginx.service.d")
+_READ = ("/etc/nginx/conf.d", "/etc/nginx/default.d", f"{UNITS}/nginx.service.d")
 
 # $1: the public ports, as a filter of ss; then folders. After a reload, processes of the former
 # configuration say in their title what they wait for.

@@ -30,6 +30,7 @@ from provision.preflight import RefusedError
 from provision.settings import (
     SELF_SIGNED_CERTIFICATE,
     SELF_SIGNED_KEY,
+    UNITS,
     Fleet,
     GatewaySettings,
 )
@@ -151,7 +152,7 @@ def supporting_files(settings: GatewaySettings, fleet: Fleet, cores: int = 1) ->
         ManagedFile(path=f"{ERROR_PAGES}/50x.html", content=rendering.static("50x.html")),
         ManagedFile(path="/etc/logrotate.d/nginx", content=rendering.static("nginx.logrotate")),
         ManagedFile(
-            path="/etc/systemd/system/nginx.service.d/gateway.conf",
+            path=f"{UNITS}/nginx.service.d/gateway.conf",
             content=rendering.nginx_unit(settings, fleet, cores),
         ),
         *acme.files(settings),

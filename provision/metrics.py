@@ -18,13 +18,13 @@ from typing import Any
 from pyinfra import host
 from pyinfra.api import operation
 
-from provision import facts, operations, preflight, record, rendering
+from provision import facts, operations, preflight, rendering
 from provision.facts import quoted
 from provision.operations import Commands, ManagedFile
-from provision.settings import Fleet, GatewaySettings
+from provision.settings import UNITS, Fleet, GatewaySettings
 
 UNIT = "gateway-metrics.service"
-UNIT_FILE = f"/etc/systemd/system/{UNIT}"
+UNIT_FILE = f"{UNITS}/{UNIT}"
 SCRIPT = "/usr/local/libexec/gpu-gateway/nginx_exporter.py"
 
 
@@ -44,24 +44,7 @@ def exporter(settings: GatewaySettings) -> None:
         return
     placed = files(settings)
     operations.place_files(name="Exporter of nginx's counters", files=placed)
-    running(name="It runs", read=tuple(managed.path for managed in placed))
-
-
-@operation()
-def running(read: tuple[str, ...]) -> Commands:
-    """Enabled, and running since its files are as they are.
-
-    + read: the files
-    """
-    found = host.get_fact(facts.UnitStates, units=(UNIT,)).get(UNIT, facts.UnitState())
-    stale = host.get_fact(facts.StaleUnits, units=((UNIT, read),))
-    if found.needs_daemon_reload or stale:
-        yield record.unit(UNIT)
-        yield quoted("systemctl", "daemon-reload")
-    if not found.enabled:
-        yield quoted("systemctl", "enable", "--quiet", UNIT)
-    if stale:
-        yield quoted("systemctl", "restart", UNIT)
+    operations.units_run(name="It runs", files={UNIT: [managed.path for managed in placed]})
 
 
 @operation()

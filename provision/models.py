@@ -17,8 +17,9 @@ from gpu_service import bundle
 from provision import facts, operations
 from provision.facts import quoted
 from provision.operations import Commands, ManagedFile, fail
+from provision.settings import SERVICE_STATE
 
-ROOT = "/var/lib/gpu-service/models"
+ROOT = f"{SERVICE_STATE}/models"
 CURRENT = "current"
 
 

@@ -218,6 +218,29 @@ def link(path: str, target: str) -> Commands:
 
 
 @operation()
+def units_run(files: Mapping[str, Iterable[str]]) -> Commands:
+    """Units enabled, and running since their files are as they are.
+
+    + files: unit -> what it reads when it starts
+    """
+    found = host.get_fact(facts.UnitStates, units=tuple(files))
+    stale = host.get_fact(
+        facts.StaleUnits, units=tuple((unit, tuple(read)) for unit, read in files.items())
+    )
+    states = {unit: found.get(unit, facts.UnitState()) for unit in files}
+    for unit, state_of in states.items():
+        if unit in stale or not state_of.enabled:
+            yield record.unit(unit)
+    if stale or any(state_of.needs_daemon_reload for state_of in states.values()):
+        yield quoted("systemctl", "daemon-reload")
+    for unit, state_of in states.items():
+        if not state_of.enabled:
+            yield quoted("systemctl", "enable", "--quiet", unit)
+        if unit in stale:
+            yield quoted("systemctl", "restart", unit)
+
+
+@operation()
 def firewalld(
     role: str,
     ports: Iterable[int] = (),

@@ -40,7 +40,7 @@ from typing_extensions import override
 
 from provision import rendering
 from provision.facts import Paths, script
-from provision.settings import ACME_WEBROOT
+from provision.settings import ACME_WEBROOT, SERVICE_STATE
 
 if TYPE_CHECKING:
     from provision.operations import Commands
@@ -61,7 +61,7 @@ TREES: Mapping[str, str] = {
 }
 
 # The same, for folders that the operator may want to keep.
-KEPT_TREES: Mapping[str, str] = {"/var/lib/gpu-service": "models and training runs"}
+KEPT_TREES: Mapping[str, str] = {SERVICE_STATE: "models and training runs"}
 
 
 def is_generated(path: str) -> bool:

@@ -20,14 +20,13 @@ from provision import facts, nginx_packages, operations, record, selinux
 from provision.facts import FileState, SelinuxMode, quoted, script
 from provision.operations import Commands, executing, fail
 from provision.record import Record
+from provision.settings import SERVICE_STATE, UNITS
 
 NGINX = "nginx.service"
 NGINX_CONF = "/etc/nginx/nginx.conf"
 TRAINING = "gpu-training.service"
 LOGS = "/var/log/nginx"
-UNITS = "/etc/systemd/system"
 RECORD = posixpath.basename(record.FOLDER)
-STATE_TREE = "/var/lib/gpu-service"
 
 # What nginx reads, so that it stays where nginx stays as it is.
 _NGINX_READS = (
@@ -622,11 +621,13 @@ def accounts_of(noted: Record, going: Container[str]) -> list[str]:
 
 # Files that stay (logs, models) go to root: nobody else may get them with the number.
 _USERDEL = """
-pkill -KILL -u "$1" 2>/dev/null
-for kept in /var/log/nginx /var/lib/gpu-service; do
-    [ ! -d "$kept" ] || find "$kept" -user "$1" -exec chown -h root:root {} +
+user=$1
+shift
+pkill -KILL -u "$user" 2>/dev/null
+for kept; do
+    [ ! -d "$kept" ] || find "$kept" -user "$user" -exec chown -h root:root {} +
 done
-userdel "$1"
+userdel "$user"
 """
 
 
@@ -649,7 +650,7 @@ def accounts_go() -> Commands:
         if account not in there:
             continue
         if kind == "user":
-            yield script(_USERDEL, name)
+            yield script(_USERDEL, name, LOGS, SERVICE_STATE)
         else:  # userdel took it where it was the user's own
             yield script('! grep -q "^$1:" /etc/group || groupdel "$1"', name)
 
@@ -684,7 +685,7 @@ def record_goes(keep: frozenset[str]) -> Commands:
     """Say what stays. The record goes last, and only where nothing is left that it tells of."""
     noted = _noted()
     left = left_on(noted, keep)
-    kept = {"models": STATE_TREE, "logs": LOGS}
+    kept = {"models": SERVICE_STATE, "logs": LOGS}
     there = host.get_fact(facts.FolderStates, paths=(record.STATE, *kept.values()))
     _say(left)
     _say(

@@ -108,6 +108,11 @@ ACME_CERTIFICATE = "/etc/pki/gpu-gateway/acme.pem"
 ACME_KEY = "/etc/pki/gpu-gateway/acme.key"
 ACME_WEBROOT = "/var/www/gpu-gateway"
 
+# Where systemd reads units of a host's own.
+UNITS = "/etc/systemd/system"
+# Models and training runs, on workers and trainers.
+SERVICE_STATE = "/var/lib/gpu-service"
+
 # Settings that name a file on the gateway, which somebody else put there.
 _TLS_FILES = ("tls_certificate", "tls_certificate_key", "tls_trusted_chain", "tls_client_ca")
 

@@ -17,7 +17,7 @@ from pyinfra.api.host import Host
 from provision import facts, operations, record, rendering
 from provision.facts import quoted, script
 from provision.operations import Commands, ManagedFile, ask, executing, fail
-from provision.settings import Fleet, TrainerSettings
+from provision.settings import SERVICE_STATE, Fleet, TrainerSettings
 
 KEY = "/etc/munge/munge.key"
 KEY_BYTES = 1024
@@ -98,7 +98,7 @@ def users(settings: TrainerSettings) -> None:
     """Users whose numbers Slurm needs equal on all hosts, before packages choose their own."""
     wanted = (
         ("slurm", settings.slurm_uid, "/etc/slurm"),
-        (settings.service_user, settings.slurm_service_uid, "/var/lib/gpu-service"),
+        (settings.service_user, settings.slurm_service_uid, SERVICE_STATE),
     )
     for name, number, home in host.loop(wanted):  # type: ignore[no-untyped-call]
         record.group(name=f"Group {name}", group=name, gid=number, system=True)
@@ -137,7 +137,7 @@ def member(settings: TrainerSettings, fleet: Fleet) -> None:
     members = nodes(fleet)
     files = config_files(members, of=members[list(fleet.trainers).index(host.name)])
     operations.place_files(name="Slurm's configuration", files=files)
-    services(
+    operations.units_run(
         name="Slurm runs with it",
         files={
             MUNGE: (KEY,),
@@ -216,25 +216,6 @@ def share_key(controls: bool, fleet: Fleet) -> Commands:
         *("key", QuoteString(KEY)),
         _stdin=encoded,
     )
-
-
-@operation()
-def services(files: dict[str, Iterable[str]]) -> Commands:
-    """Units enabled and running, each with its files as they are now.
-
-    + files: unit -> what it reads when it starts
-    """
-    found = host.get_fact(facts.UnitStates, units=tuple(files))
-    stale = host.get_fact(
-        facts.StaleUnits, units=tuple((unit, tuple(read)) for unit, read in files.items())
-    )
-    for unit in files:
-        if not found.get(unit, facts.UnitState()).enabled:
-            yield record.unit(unit)
-            yield quoted("systemctl", "enable", "--quiet", unit)
-        if unit in stale:
-            yield record.unit(unit)
-            yield quoted("systemctl", "restart", unit)
 
 
 @deploy("Verify Slurm")

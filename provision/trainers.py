@@ -42,12 +42,12 @@ from provision import facts, operations, rendering, wheelhouse, workers
 from provision.facts import Hardware, quoted, script
 from provision.operations import Commands, ManagedFile, ask, executing, fail
 from provision.rendering import CHECKOUT
-from provision.settings import Fleet, TrainerSettings
-from provision.workers import ETC, OPT, STATE, Environment, Release
+from provision.settings import SERVICE_STATE, Fleet, TrainerSettings
+from provision.workers import ETC, OPT, Environment, Release
 
 UNIT = "gpu-training.service"
 SCRIPTS = f"{OPT}/training"
-RUNS = f"{STATE}/training"
+RUNS = f"{SERVICE_STATE}/training"
 ENV_FILE = f"{ETC}/training.env"
 
 # Everything that two trainers say to each other: rendezvous, gloo and NCCL choose their ports.

@@ -39,7 +39,9 @@ from provision.operations import Commands, ManagedFile, Roll, WorkerUnit
 from provision.rendering import CHECKOUT
 from provision.rolling import Rollout
 from provision.settings import (
+    SERVICE_STATE,
     SOCKETS,
+    UNITS,
     Assignment,
     Fleet,
     PythonSettings,
@@ -49,9 +51,8 @@ from provision.settings import (
 
 OPT = "/opt/gpu-service"
 ETC = "/etc/gpu-service"
-STATE = "/var/lib/gpu-service"
-UNIT_FILE = "/etc/systemd/system/gpu-worker@.service"
-SOCKET_FILE = "/etc/systemd/system/gpu-worker@.socket"
+UNIT_FILE = f"{UNITS}/gpu-worker@.service"
+SOCKET_FILE = f"{UNITS}/gpu-worker@.socket"
 TOKENS = f"{ETC}/tokens"
 TMPFILES = "/etc/tmpfiles.d/gpu-workers.conf"
 
@@ -278,7 +279,7 @@ def install(settings: PythonSettings, environment: Environment, release: Release
         name="Service user",
         user=settings.service_user,
         system=True,
-        home=STATE,
+        home=SERVICE_STATE,
         ensure_home=False,
         shell="/sbin/nologin",
     )
@@ -290,7 +291,7 @@ def install(settings: PythonSettings, environment: Environment, release: Release
             f"{OPT}/venvs": ("755", "root"),
             f"{OPT}/releases": ("755", "root"),
             ETC: ("755", "root"),
-            STATE: ("755", "root"),
+            SERVICE_STATE: ("755", "root"),
             models.ROOT: ("755", "root"),
         },
     )

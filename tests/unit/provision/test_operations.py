@@ -112,6 +112,26 @@ def test_a_link_is_moved_by_one_rename() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("said", "stale", "expected"),
+    [
+        ([], [], []),
+        ([], ["a.service"], ["systemctl daemon-reload", "systemctl restart a.service"]),
+        (["UnitFileState=disabled"], [], ["systemctl enable --quiet a.service"]),
+        (["NeedDaemonReload=yes"], [], ["systemctl daemon-reload"]),
+    ],
+)
+def test_units_run_with_their_files_as_they_are(
+    said: list[str], stale: list[str], expected: list[str]
+) -> None:
+    answers = {
+        "-p SubState": [*unit_answer("a.service"), *said],
+        "ActiveEnterTimestamp": stale,
+    }
+    done = run(operations.units_run, answers, files={"a.service": ["/a", "/b"]})
+    assert [command for command in done if "ActiveEnterTimestamp" not in command] == expected
+
+
 RULE = 'rule family="ipv4" source address="{}" port port="9005" protocol="tcp" accept'
 
 

@@ -13,6 +13,7 @@ from provision import preflight, record, removal
 from provision.facts import FileState
 from provision.record import Record
 from provision.removal import Do, Fate
+from provision.settings import SERVICE_STATE, UNITS
 from tests.unit.provision import test_operations
 from tests.unit.provision.test_operations import Answers, FakeHosts
 
@@ -115,7 +116,7 @@ def unit(active: str, enabled: str) -> list[str]:
     return ["unit=nginx.service", f"ActiveState={active}", f"UnitFileState={enabled}"]
 
 
-DROP_IN = f"{removal.UNITS}/nginx.service.d/gateway.conf"
+DROP_IN = f"{UNITS}/nginx.service.d/gateway.conf"
 
 
 def nginx_of_somebody(was: str) -> Answers:
@@ -239,7 +240,7 @@ def test_what_a_package_runs_as_stays_with_a_package_that_something_needs() -> N
     answers = journal(*REPLACED, *INSTALLED, "package | nginx | came-user | nginx", **{CONF: "old"})
     answers["/etc/passwd"] = ["user:nginx"]
     (command,) = (c for c in run(removal.accounts_go, answers) if "/etc/passwd" not in c)
-    assert command.endswith(" nginx")
+    assert " gateway nginx /var" in command
     answers["rpm -e"] = ["+nginx 1.26-1", "\tnginx is needed by (installed) nginx-mod-stream-1.26"]
     assert [c for c in run(removal.accounts_go, answers) if "/etc/passwd" not in c] == []
 
@@ -253,9 +254,9 @@ def test_copies_of_keys_that_a_run_left_which_was_cut_go_too() -> None:
 def test_the_models_go_unless_they_are_kept() -> None:
     found = noted("folder | /etc/a | found | absent", "folder | /etc/a/b | found | absent")
     whole, made = removal.folders_of(found, frozenset())
-    assert removal.STATE_TREE in whole
+    assert SERVICE_STATE in whole
     assert made == ["/etc/a/b", "/etc/a"]
-    assert removal.STATE_TREE not in removal.folders_of(found, frozenset({"models"}))[0]
+    assert SERVICE_STATE not in removal.folders_of(found, frozenset({"models"}))[0]
 
 
 def test_ports_that_deploys_opened_are_closed_and_those_they_shut_are_open_again() -> None:
@@ -297,8 +298,8 @@ def test_selinux_goes_back_where_it_is_what_a_deploy_made_of_it(
 
 def test_units_whose_file_was_placed_here_are_stopped_by_name() -> None:
     lines = (
-        f"file | {removal.UNITS}/gateway-metrics.service | found | absent",
-        f"file | {removal.UNITS}/gpu-worker@.service | found | absent",
+        f"file | {UNITS}/gateway-metrics.service | found | absent",
+        f"file | {UNITS}/gpu-worker@.service | found | absent",
         f"file | {DROP_IN} | found | absent",
     )
     assert removal.placed_units(noted(*lines)) == ["gateway-metrics.service"]
