@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import lab
-from bench import harness
+from bench import harness, results
 from bench.harness import CHECKOUT
 from bench.results import Row
+from lab.cgroup import Cgroup
 from lab.state import InventoryHost
 
 _OWN = "bench"
@@ -148,6 +149,7 @@ def hosts(*names: str) -> Iterator[Hosts]:
     """Hosts of these names, deployed."""
     given = os.environ.get("GATEWAY_LAB")
     name = given or _OWN
+    before_s = _cpu_s(name)
     _lab(name, "up", *names)
     try:
         found = _found(name, names)
@@ -157,6 +159,7 @@ def hosts(*names: str) -> Iterator[Hosts]:
             sys.exit(first.output)
         yield found
     finally:
+        results.count_as_own(_cpu_s(name) - before_s)
         if not given:
             _lab(name, "down")
 
@@ -169,7 +172,17 @@ def fresh(*names: str) -> Iterator[Hosts]:
     try:
         yield _found(_OWN, names)
     finally:
+        results.count_as_own(_cpu_s(_OWN))
         _lab(_OWN, "down")
+
+
+def _cpu_s(name: str) -> float:
+    """CPU seconds of all processes of a lab, whoever started them; 0 before there is one."""
+    for folder in Cgroup(name).directories:
+        with contextlib.suppress(OSError):
+            said = dict(map(str.split, (folder / "cpu.stat").read_text().splitlines()))
+            return int(said["usage_usec"]) / 1e6
+    return 0.0
 
 
 def _found(name: str, names: Iterable[str]) -> Hosts:

@@ -42,7 +42,7 @@ class Bench:
         growth = (after - before) / before * 100
         about = f"memory, {name} model"
         return [
-            Row(name=f"{about}: growth", value=growth, unit="%", at_most=2.0),
+            Row(name=f"{about}: growth", value=growth, unit="%", at_most=2.0, counted=True),
             Row(name=f"{about}: resident at the end", value=after / 2**20, unit="MiB"),
             Row(name=f"{about}: requests answered", value=answered, unit=""),
             Row(name=f"{about}: connects and closes", value=self._options.connects, unit=""),

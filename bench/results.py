@@ -108,6 +108,13 @@ def _used() -> tuple[float, float, float]:
 
 
 _AT_START = _used()
+_counted_s = 0.0
+
+
+def count_as_own(cpu_s: float) -> None:
+    """CPU time of what belongs to the measurement, but was not started by this process."""
+    global _counted_s
+    _counted_s += cpu_s
 
 
 def _used_by_others() -> float:
@@ -115,7 +122,7 @@ def _used_by_others() -> float:
     elapsed, everything, own = (
         now - before for now, before in zip(_used(), _AT_START, strict=True)
     )
-    return max(0.0, everything - own) / (elapsed * (os.cpu_count() or 1))
+    return max(0.0, everything - own - _counted_s) / (elapsed * (os.cpu_count() or 1))
 
 
 def _verdict(row: Row) -> str:

@@ -2,7 +2,7 @@
 
 An asyncio.Protocol around websockets' sans-I/O core; owns the transport, the one timer that is
 due next, and everything that its client has not been answered yet. All on the event loop, no
-tasks. The core judges all that is not a plain whole message, which is taken directly.
+tasks. The core judges all that is not a plain whole message or a pong: those are taken directly.
 
 What is bounded: messages taken and not answered, answered meaning that the reply left the
 transport's buffer below its limit. A client that does not read its replies is therefore not
@@ -49,11 +49,15 @@ _MOST_REQUEST_BYTES = 32768
 # A frame's first two bytes (RFC 6455, 5.2): final, no extension; masked, as from a client.
 _WHOLE_TEXT = 0x81
 _WHOLE_BINARY = 0x82
+_PONG = 0x8A
 _MASKED = 0x80
 _LENGTH = 0x7F
 _LENGTH_IN_2 = 126
 _LENGTH_IN_8 = 127
 _LONGEST_HEAD = 14
+
+_PING_BYTES = 4
+_PING_HEAD = bytes((0x89, _PING_BYTES))
 
 _END_OF_REQUEST = b"\r\n\r\n"
 
@@ -347,10 +351,13 @@ class Session:
                 self._unread = data[at:]
                 return
             start, end = at + head, at + head + length
-            if (
-                first in (_WHOLE_BINARY, _WHOLE_TEXT)
-                and end <= size
-                and data[at + 1] & _MASKED
+            is_whole = end <= size and data[at + 1] & _MASKED
+            if is_whole and first == _PONG and length < _LENGTH_IN_2:
+                self._on_pong(apply_mask(data[start:end], data[start - 4 : start]))
+                at = end
+            elif (
+                is_whole
+                and first in (_WHOLE_BINARY, _WHOLE_TEXT)
                 and length <= self._limits.max_message_bytes
                 and self._message is None
             ):
@@ -416,9 +423,7 @@ class Session:
     def _on_frame(self, frame: Frame) -> None:
         match frame.opcode:
             case Opcode.PONG:
-                if self._ping is not None and bytes(frame.data) == self._ping:
-                    self._ping = None
-                    self._set_timer(self._limits.ping_interval_s, self._send_ping)
+                self._on_pong(bytes(frame.data))
             case Opcode.PING if self._writing_paused:
                 self._pause_reading()  # or pongs would pile up
             case Opcode.TEXT | Opcode.BINARY:
@@ -436,6 +441,11 @@ class Session:
             message, self._message = self._message, None
             assert message is not None
             self._take(bytes(message), is_text=self._message_is_text)
+
+    def _on_pong(self, payload: bytes) -> None:
+        if self._ping is not None and payload == self._ping:
+            self._ping = None
+            self._set_timer(self._limits.ping_interval_s, self._send_ping)
 
     def _fail_for_fragments(self) -> None:
         self._message = None
@@ -522,14 +532,14 @@ class Session:
         self._timer = self._loop.call_later(delay_s, due)
 
     def _first_ping_in_s(self) -> float:
-        # Clients come together when a worker restarts; their pings shall not for ever after.
-        spread = random.uniform(0.5, 1)  # noqa: S311 - spreads load, no secret
-        return spread * self._limits.ping_interval_s
+        # Clients come together when a worker restarts; their pings shall not for ever after, and
+        # anything less than the whole interval would leave a part of it without any.
+        return random.random() * self._limits.ping_interval_s  # noqa: S311 - spreads load, no secret
 
     def _send_ping(self) -> None:
-        self._ping = os.urandom(4)
-        self._core.send_ping(self._ping)
-        self._flush()
+        # Not by the core, nor is the answer read by it: of many clients, most only do this.
+        self._ping = os.urandom(_PING_BYTES)
+        self._transport.write(_PING_HEAD + self._ping)
         self._set_timer(self._limits.ping_timeout_s, self._no_pong)
 
     def _no_pong(self) -> None:

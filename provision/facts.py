@@ -83,6 +83,21 @@ class FileText(FactBase[str | None]):
         return "\n".join(output) + "\n"
 
 
+class Account(FactBase[tuple[str, str] | None]):
+    """Home and shell of a user; None where there is no such user."""
+
+    @override
+    def command(self, user: str) -> StringCommand:
+        return script('getent passwd "$1" || true', user)
+
+    @override
+    def process(self, output: list[str]) -> tuple[str, str] | None:
+        for line in output:
+            *_, home, shell = line.split(":")
+            return home, shell
+        return None
+
+
 class FolderStates(FactBase[dict[str, tuple[str, str, str]]]):
     """Mode, user and group of folders."""
 

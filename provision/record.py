@@ -35,10 +35,11 @@ from typing import TYPE_CHECKING, Any
 
 from pyinfra import host
 from pyinfra.api import FactBase, StringCommand, operation
+from pyinfra.facts.rpm import RpmPackages
 from pyinfra.operations import server, yum
 from typing_extensions import override
 
-from provision import rendering
+from provision import facts, rendering
 from provision.facts import Paths, script
 from provision.settings import ACME_WEBROOT, SERVICE_STATE
 
@@ -138,14 +139,25 @@ def installation_ended() -> Commands:
 
 @operation()
 def packages(packages: Iterable[str]) -> Commands:
-    """As `yum.packages`."""
+    """As `yum.packages`, which asks the repositories also where all is there."""
     wanted = list(packages)
+    if host.get_fact(RpmPackages).keys() >= set(wanted):
+        host.noop(f"there already: {', '.join(wanted)}")
+        return
     yield from installing(wanted, yum.packages._inner(packages=wanted))
+
+
+# What decides whether a user is as declared; with `uid` and the like, pyinfra compares.
+_ASKED = frozenset({"home", "shell", "system", "ensure_home"})
 
 
 @operation()
 def user(user: str, **arguments: Any) -> Commands:
-    """As `server.user`."""
+    """As `server.user`, which asks for every user of the host; here, once for this one."""
+    wanted = arguments.get("home"), arguments.get("shell")
+    if arguments.keys() <= _ASKED and host.get_fact(facts.Account, user=user) == wanted:
+        host.noop(f"user {user} is as declared")
+        return
     commands = server.user._inner(user=user, **arguments)
     # useradd makes the group of the same name.
     yield from before(_note("account", "group", user), before(_account("user", user), commands))
