@@ -188,14 +188,24 @@ def certificate(settings: GatewaySettings) -> Commands:
         yield quoted("systemctl", "enable", "--quiet", "--now", TIMER)
 
 
+# systemd disables no unit whose file is gone; one that waits, it stops all the same.
+_RETIRE = """
+systemctl disable --quiet --now "$1" 2>/dev/null && exit 0
+rm -f -- "$2/timers.target.wants/$1"
+systemctl stop --quiet "$1"
+"""
+
+
 @operation()
 def retire() -> Commands:
-    """Nothing renews a certificate that nginx does not serve any more. Its files go with the
-    configuration that named them.
+    """Nothing renews a certificate that nginx does not serve any more.
+
+    After nginx let go of it, since until then it has to be renewed. The unit's file went with the
+    configuration that named the certificate.
     """
     timer = host.get_fact(facts.UnitStates, units=(TIMER,)).get(TIMER, facts.UnitState())
     if timer.enabled or timer.active == "active":
-        yield quoted("systemctl", "disable", "--quiet", "--now", TIMER)
+        yield script(_RETIRE, TIMER, UNITS)
 
 
 _ASK = """

@@ -1,6 +1,7 @@
 """Gateway hosts: nginx installed, configured from `templates/nginx.conf.j2`, running.
 
-Stages: install, SELinux, configure, firewall, activate.
+Stages: install, SELinux, what the new configuration needs beside it (ports, a certificate),
+activate; then what only the former one needed goes.
 """
 
 from __future__ import annotations
@@ -45,11 +46,9 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     settings = certificates.settled(settings)
     install(settings)
     selinux.configure(settings, fleet)
+    # Clients come by the former port until nginx runs this configuration, which it may refuse.
     operations.firewalld(
-        name="Public port is open",
-        role="gateway",
-        ports=public_ports(settings),
-        ports_from={settings.metrics_port: settings.metrics_from} if settings.metrics_port else {},
+        name="Public port is open", role="gateway", ports=public_ports(settings), closes=False
     )
     if settings.tls_self_signed:
         operations.self_signed_certificate(
@@ -64,8 +63,6 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
             name="Challenges can be answered",
             names=certificate_names(settings, fleet.addresses[host.name]),
         )
-    else:
-        acme.retire(name="No renewal of a certificate that is not served")
     files = supporting_files(settings, fleet, cores)
     operations.run_nginx(
         name="nginx runs this configuration",
@@ -74,8 +71,16 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
         probe=fleet.probe(settings),
         oldest=nginx_versions.oldest_with(settings.needed_features.values()),
     )
+    operations.firewalld(
+        name="No other public port is open",
+        role="gateway",
+        ports=public_ports(settings),
+        ports_from={settings.metrics_port: settings.metrics_from} if settings.metrics_port else {},
+    )
     if settings.tls_acme:
         acme.certificate(name="Certificate of the ACME authority", settings=settings)
+    else:
+        acme.retire(name="No renewal of a certificate that is not served")
     if settings.certificate and settings.certificate_key:
         certificates.tell_end(
             name="End of the certificate",

@@ -213,8 +213,11 @@ def test_a_port_that_is_taken_is_told_before_anything_is_touched(deployment: Dep
     assert "port 22 is taken on this host, by sshd" in result.output
     assert deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf") == before
     assert nginx_workers(deployment) == workers, "nginx was reloaded"
-    # firewalld was told of the port before nginx was tried with it.
-    assert deployment.run().changed == {"gw1": ["Gateway | Public port is open"]}
+    # firewalld opened the port before nginx was tried with it, and closed none.
+    ports = deployment.on("gw1", "firewall-cmd", "--list-ports").split()
+    assert {"22/tcp", "8009/tcp"} <= set(ports)
+    assert deployment.run().changed == {"gw1": ["Gateway | No other public port is open"]}
+    assert deployment.on("gw1", "firewall-cmd", "--list-ports").split() == ["8009/tcp"]
 
 
 def test_a_configuration_that_does_not_come_to_life_is_taken_back(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +140,8 @@ def test_the_timer_is_enabled_once() -> None:
 
 
 def test_the_timer_goes_with_acme() -> None:
-    answers = {"systemctl show": RENEWED}
-    assert run(acme.retire, answers) == [f"systemctl disable --quiet --now {acme.TIMER}"]
+    (retiring,) = run(acme.retire, {"systemctl show": RENEWED})
+    assert retiring.endswith(f" {acme.TIMER} {acme.UNITS}")
     gone = [f"unit={acme.TIMER}", "ActiveState=inactive", "UnitFileState=", "MainPID=0"]
     assert run(acme.retire, {"systemctl show": gone}) == []
 
@@ -154,6 +155,20 @@ def test_a_certbot_that_is_there_changes_nothing(manager: str, installs: str) ->
 
     assert done("package=certbot 2.1.0-4") == []
     assert any(installs in command for command in done())
+
+
+def test_a_timer_whose_file_went_is_stopped_all_the_same(tmp_path: Path) -> None:
+    """systemd refuses to disable a unit that has no file any more."""
+    wanted = tmp_path / "timers.target.wants" / acme.TIMER
+    wanted.parent.mkdir()
+    wanted.symlink_to(tmp_path / acme.TIMER)
+    stand_in = 'systemctl() { echo "$@" >>"$2.told"; [ "$1" != disable ]; }\n'
+    stand_in = stand_in.replace("$2.told", str(tmp_path / "told"))
+    subprocess.run(
+        ["sh", "-c", stand_in + acme._RETIRE, "sh", acme.TIMER, str(tmp_path)], check=True
+    )
+    assert not wanted.is_symlink()
+    assert (tmp_path / "told").read_text().splitlines()[-1] == f"stop --quiet {acme.TIMER}"
 
 
 def test_nginx_can_start_before_there_is_a_certificate() -> None:
