@@ -18,7 +18,7 @@ from pyinfra.api import operation
 from provision import facts, nginx_versions, record, rendering
 from provision.facts import quoted, script
 from provision.nginx_versions import Feature
-from provision.operations import Commands, ManagedFile, ask, fail, swap_in
+from provision.operations import Commands, ManagedFile, ask, fail, stage, swap_in
 from provision.preflight import RefusedError
 from provision.rendering import CHECKOUT
 from provision.settings import GatewaySettings
@@ -38,9 +38,14 @@ FILES = (DNF_REPOSITORY, DNF_KEY, APT_REPOSITORY, APT_KEY)
 # A server on port 80 with nginx's welcome page, which nginx.org's packages bring and the deploy's
 # nginx.conf would include.
 WELCOME = "/etc/nginx/conf.d/default.conf"
-_NO_WELCOME = "# Emptied by the gateway's deploy: the package has a server on port 80 here."
+NO_WELCOME = "# Emptied by the gateway's deploy: the package has a server on port 80 here."
+_EMPTIED = ManagedFile(path=WELCOME, content=f"{NO_WELCOME}\n".encode())
 # dnf keeps it aside, apt where it is, when the package goes.
-_WELCOME_GOES = 'text=$1; shift; for f; do ! grep -qsxF "$text" "$f" || rm -f "$f"; done'
+_WELCOME_GOES = """
+text=$1
+shift
+for file; do [ "$(cat "$file" 2>/dev/null)" != "$text" ] || rm -f "$file"; done
+"""
 
 # KEYFILE ENTRY…: those of rpm's entries that are of its keys. rpm has the last eight digits of a
 # key's id, or more, for a version.
@@ -127,7 +132,9 @@ def _key(settings: GatewaySettings) -> bytes:
 
 def _found(declared: Wanted) -> facts.PackageState:
     return host.get_fact(
-        facts.Packages, names=(declared.package, CORE, COMMON), files=(*FILES, WELCOME)
+        facts.Packages,
+        names=(declared.package, CORE, COMMON),
+        files=(*FILES, WELCOME, _EMPTIED.candidate),
     )
 
 
@@ -172,17 +179,23 @@ def nginx_installed(declared: Wanted) -> Commands:
         yield fail("this host has neither dnf nor apt-get, so nginx cannot be installed on it")
         return
     yield from _repository(declared, found)
+    # Staged before the package brings its own, so that a run that is cut is ended by the next; not
+    # in its place, where package managers would keep theirs beside it.
+    emptying = declared.source == "nginx.org" and _EMPTIED.candidate in found.files
     if not fits(declared, found):
         if found.manager == "dnf":
             yield from _module_stream(declared, found)
         by = _by_dnf if found.manager == "dnf" else _by_apt
-        yield from record.installing([declared.package], by(declared, found))
         if declared.source == "nginx.org" and WELCOME not in found.files:
-            yield from swap_in(ManagedFile(path=WELCOME, content=f"{_NO_WELCOME}\n".encode()))
+            emptying = True
+            yield from stage(_EMPTIED)
+        yield from record.installing([declared.package], by(declared, found))
+    if emptying:
+        yield quoted("mv", "-fT", "--", _EMPTIED.candidate, WELCOME)
     if declared.source != "nginx.org" and _repository_of(found):
         yield from _keys_of(found)
         yield quoted("rm", "-f", "--", *_repository_of(found))
-        yield script(_WELCOME_GOES, _NO_WELCOME, WELCOME, f"{WELCOME}.rpmsave")
+        yield script(_WELCOME_GOES, NO_WELCOME, WELCOME, f"{WELCOME}.rpmsave", _EMPTIED.candidate)
 
 
 @operation()

@@ -148,13 +148,13 @@ def swap_in(
     managed: ManagedFile, check: Callable[[ManagedFile], StringCommand] | None = None
 ) -> Commands:
     """Put one file in its place by a rename, for an operation that has more to do."""
-    yield from _stage(managed)
+    yield from stage(managed)
     if check is not None:
         yield check(managed)
     yield quoted("mv", "-fT", "--", managed.candidate, managed.path)
 
 
-def _stage(managed: ManagedFile) -> Commands:
+def stage(managed: ManagedFile) -> Commands:
     """Upload the candidate, in its final mode and owner, beside the file."""
     if not record.is_generated(managed.path):
         yield record.file(managed.path, managed.sha256)
@@ -396,7 +396,7 @@ def run_nginx(
     # What a run that was cut may have staged is not part of this one.
     yield quoted("rm", "-f", "--", *(managed.candidate for managed in files))
     for managed in differing:
-        yield from _stage(managed)
+        yield from stage(managed)
     yield record.unit("nginx.service")
     declared = (word for managed in files for word in (managed.sha256, managed.path))
     yield _nginx_activate(probe, digest, *declared)

@@ -1,8 +1,12 @@
 """What a deploy tells of earlier configurations and of files of others."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
-from provision.aftermath import Seen, messages
+from provision.aftermath import _LOOK, Seen, messages
+from provision.nginx_packages import NO_WELCOME
 
 MANAGED = ("/etc/systemd/system/nginx.service.d/gateway.conf",)
 
@@ -36,3 +40,16 @@ def test_what_is_left_and_what_is_foreign_is_told(
     lines: list[str], timeout_s: int, told: list[str]
 ) -> None:
     assert messages(Seen.of(lines), managed=MANAGED, shutdown_timeout_s=timeout_s) == told
+
+
+def test_a_file_that_the_deploy_emptied_is_nobody_elses(tmp_path: Path) -> None:
+    (tmp_path / "default.conf").write_text(f"{NO_WELCOME}\n")
+    (tmp_path / "more.conf").write_text(f"{NO_WELCOME}\nserver {{ listen 81; }}\n")
+    stand_ins = "ss() { :; }; pgrep() { :; }\n"
+    looked = subprocess.run(
+        ["sh", "-c", stand_ins + _LOOK, "sh", "( sport = :8009 )", NO_WELCOME, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert looked.stdout.splitlines() == [f"file {tmp_path}/more.conf"]

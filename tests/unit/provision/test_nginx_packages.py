@@ -184,7 +184,9 @@ def test_back_to_the_distribution_the_repository_goes_after_its_package() -> Non
     done = commands(
         has(ORG, file=nginx_packages.DNF_REPOSITORY), ["1:1.20.1-22.el9"], nginx_version="1.20"
     )
-    assert done.pop().endswith(f"{nginx_packages.WELCOME} {nginx_packages.WELCOME}.rpmsave")
+    welcome = nginx_packages.WELCOME
+    staged = "/etc/nginx/conf.d/.default.conf.candidate"
+    assert done.pop().endswith(f" {welcome} {welcome}.rpmsave {staged}")
     assert done == [
         f"dnf -q --refresh --disablerepo={REPOSITORY} makecache",
         "dnf -y -q install --allowerasing nginx-1:1.20.1-22.el9",
@@ -230,6 +232,36 @@ def test_apt_takes_nginx_orgs_package_from_its_repository() -> None:
     assert placed == [nginx_packages.APT_KEY, nginx_packages.APT_REPOSITORY, welcome]
     installing = f"{nginx_packages.APT_POLICY} 'nginx=1.26.3-1~bookworm'"
     assert any(command.endswith(installing) for command in done)
+
+
+def test_a_run_that_was_cut_before_the_welcome_page_went_is_ended_by_the_next() -> None:
+    staged, welcome = "/etc/nginx/conf.d/.default.conf.candidate", nginx_packages.WELCOME
+    first = commands(has(**DEBIAN), MADISON, nginx_source="nginx.org")
+    order = [
+        next(n for n, command in enumerate(first) if found in command)
+        for found in (f"{staged} 644", nginx_packages.APT_POLICY, f"{staged} {welcome}")
+    ]
+    assert order == sorted(order), "staged, installed, and put in its place"
+    host = [*has("nginx 1.26.3-1~bookworm", **DEBIAN), f"file={welcome}", f"file={staged}"]
+    again = commands(host, MADISON, nginx_source="nginx.org")
+    assert again[-1] == f"mv -fT -- {staged} {welcome}"
+    settled = commands(
+        [*has("nginx 1.26.3-1~bookworm", **DEBIAN), f"file={welcome}"],
+        MADISON,
+        nginx_source="nginx.org",
+    )
+    assert not any(welcome in command for command in settled)
+
+
+def test_only_a_file_that_nobody_added_to_goes_with_the_package(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours.conf", tmp_path / "theirs.conf"
+    ours.write_text(f"{nginx_packages.NO_WELCOME}\n")
+    theirs.write_text(f"{nginx_packages.NO_WELCOME}\nserver {{ listen 81; }}\n")
+    text, missing = nginx_packages._WELCOME_GOES, tmp_path / "missing"
+    subprocess.run(
+        ["sh", "-c", text, "sh", nginx_packages.NO_WELCOME, ours, theirs, missing], check=True
+    )
+    assert (ours.exists(), theirs.exists()) == (False, True)
 
 
 def test_apt_tells_the_mirror_of_a_folder_in_its_own_way() -> None:
