@@ -59,8 +59,18 @@ swap_in() {
 }
 
 put_back() {
-    swap_in outgoing && systemctl reload nginx.service
-    say "$1; the certificate before is back, and nginx serves on"
+    say "$1"
+    if ! swap_in outgoing; then
+        say "the certificate before could not be put back: move $(beside "$key" outgoing) to $key and" \
+            "$(beside "$certificate" outgoing) to $certificate by hand, then: systemctl reload nginx"
+    elif [[ $running != active ]]; then
+        say "the certificate before is back; nginx does not run"
+    elif systemctl reload nginx.service && wanted=$(fingerprint <"$certificate") && is_served; then
+        say "the certificate before is back, and nginx serves on"
+    else
+        say "the certificate before is back in its place, but port $port does not show it; see:" \
+            "tail /var/log/nginx/error.log"
+    fi
     exit 1
 }
 

@@ -156,7 +156,7 @@ def prepare(names: Iterable[str]) -> Commands:
     if found.matches:
         return
     if not found.openssl:
-        yield fail("openssl is missing; on this host: yum install openssl")
+        yield fail(operations.NO_OPENSSL)
         return
     yield from operations.make_self_signed(ACME_CERTIFICATE, ACME_KEY, list(names))
 

@@ -406,6 +406,9 @@ def run_nginx(
 SELF_SIGNED_BY = "gpu-gateway self-signed"
 SELF_SIGNED_DAYS = 90
 SELF_SIGNED_RENEWED_S = 30 * 24 * 3600
+NO_OPENSSL = (
+    "openssl is missing on this host, which makes the certificate; install the package openssl"
+)
 
 # Both beside the old ones, then renamed: a run that was cut leaves a pair that does not match at
 # worst, which the next one sees and makes anew.
@@ -448,9 +451,7 @@ def self_signed_certificate(certificate: str, key: str, names: Iterable[str]) ->
     if found.matches and found.lasts and found.names == frozenset(wanted):
         return
     if not found.openssl:
-        yield fail(
-            "openssl is missing, which makes the certificate; on this host: yum install openssl"
-        )
+        yield fail(NO_OPENSSL)
         return
     reasons = {
         "its key is not its own, or one of the two is missing": not found.matches,
