@@ -165,6 +165,25 @@ def test_nothing_is_left_of_it(deployment: Bare) -> None:
     assert again.changed == {}
 
 
+def test_nothing_is_left_of_a_deploy_that_ended_before_it_configured_nginx(
+    deployment: Bare,
+) -> None:
+    """For example where certbot has to come from a repository that is not there."""
+    cut = deployment.run(
+        tls_acme=True,
+        acme_terms_agreed=True,
+        server_name="gw.example.com",
+        acme_package="no-such-package",
+        timeout_s=600,
+    )
+    assert cut.returncode != 0
+    assert "nginx" in deployment.on("gw1", "rpm", "-qa", "nginx")
+    gone = uninstall(deployment, keep="nothing")
+    assert gone.returncode == 0, gone.output
+    for host, before in deployment.found.items():
+        assert sorted(before ^ deployment.listing(host)) == [], host
+
+
 @pytest.mark.parametrize("keep", ["models;logs", "everything"])
 def test_what_cannot_be_kept_is_refused(deployment: Bare, keep: str) -> None:
     refused = uninstall(deployment, keep=keep)
