@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from pyinfra import host
-from pyinfra.api import FactBase, StringCommand, operation
+from pyinfra.api import StringCommand, operation
 from pyinfra.operations import apt, yum
 from typing_extensions import override
 
@@ -99,26 +99,17 @@ def files(settings: GatewaySettings) -> list[ManagedFile]:
     ]
 
 
-class IsTaken(FactBase[bool]):
+class IsTaken(facts.Said):
     """Whether what nginx is to serve is what certbot has."""
 
     @override
     def command(self, lineage: str) -> StringCommand:
         return script(
-            'cmp -s "$1/fullchain.pem" "$2" && cmp -s "$1/privkey.pem" "$3" && echo same; true',
+            'cmp -s "$1/fullchain.pem" "$2" && cmp -s "$1/privkey.pem" "$3" && echo yes; true',
             lineage,
             ACME_CERTIFICATE,
             ACME_KEY,
         )
-
-    @staticmethod
-    @override
-    def default() -> bool:
-        return False
-
-    @override
-    def process(self, output: list[str]) -> bool:
-        return "same" in output
 
 
 @operation()

@@ -36,6 +36,45 @@ class _Answer:
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
 
 
+class LineSet(FactBase[frozenset[str]]):
+    """What a command prints, a line each, in no order."""
+
+    @staticmethod
+    @override
+    def default() -> frozenset[str]:
+        return frozenset()
+
+    @override
+    def process(self, output: list[str]) -> frozenset[str]:
+        return frozenset(output)
+
+
+class Lines(FactBase[tuple[str, ...]]):
+    """What a command prints, a line each."""
+
+    @staticmethod
+    @override
+    def default() -> tuple[str, ...]:
+        return ()
+
+    @override
+    def process(self, output: list[str]) -> tuple[str, ...]:
+        return tuple(output)
+
+
+class Said(FactBase[bool]):
+    """Whether a command prints `yes`."""
+
+    @staticmethod
+    @override
+    def default() -> bool:
+        return False
+
+    @override
+    def process(self, output: list[str]) -> bool:
+        return "yes" in output
+
+
 @dataclass(frozen=True)
 class FileState(_Answer):
     """A file as it is on the host."""
@@ -122,7 +161,7 @@ class FolderStates(FactBase[dict[str, tuple[str, str, str]]]):
         return folders
 
 
-class Paths(FactBase[frozenset[str]]):
+class Paths(LineSet):
     """Which of the paths exist (links as themselves), with their targets as `path -> target`."""
 
     @override
@@ -132,15 +171,6 @@ class Paths(FactBase[frozenset[str]]):
             'elif [ -e "$p" ]; then printf "%s\\n" "$p"; fi; done; true',
             *paths,
         )
-
-    @staticmethod
-    @override
-    def default() -> frozenset[str]:
-        return frozenset()
-
-    @override
-    def process(self, output: list[str]) -> frozenset[str]:
-        return frozenset(output)
 
 
 class SelinuxMode(StrEnum):
@@ -237,10 +267,15 @@ class PortRange(_Answer):
 
 
 class SelinuxPorts(FactBase[list[PortRange]]):
-    """Which types SELinux's policy gives to TCP ports; empty without SELinux or `semanage`."""
+    """Which types SELinux's policy gives to TCP ports; empty without SELinux or `semanage`.
+
+    `local`: what was given on this host alone, also where SELinux is switched off.
+    """
 
     @override
-    def command(self) -> StringCommand:
+    def command(self, local: bool = False) -> StringCommand:
+        if local:
+            return script("command -v semanage >/dev/null && semanage port -l -n -C; true")
         return script("selinuxenabled 2>/dev/null && semanage port -l -n; true")
 
     @staticmethod
@@ -261,7 +296,7 @@ class SelinuxPorts(FactBase[list[PortRange]]):
         return ranges
 
 
-class LacksSemanage(FactBase[bool]):
+class LacksSemanage(Said):
     """Whether the host has SELinux, but not the tool that labels ports."""
 
     @override
@@ -269,15 +304,6 @@ class LacksSemanage(FactBase[bool]):
         return script(
             "selinuxenabled 2>/dev/null && ! command -v semanage >/dev/null && echo yes; true"
         )
-
-    @staticmethod
-    @override
-    def default() -> bool:
-        return False
-
-    @override
-    def process(self, output: list[str]) -> bool:
-        return output == ["yes"]
 
 
 @dataclass(frozen=True)
@@ -594,26 +620,18 @@ class NodeSize(FactBase[Node]):
         )
 
 
-class SlurmAnswers(FactBase[bool]):
+class SlurmAnswers(Said):
     """Whether a Slurm controller answers on this host."""
 
     @override
     def command(self) -> StringCommand:
         return script(
-            "command -v scontrol >/dev/null && scontrol ping 2>/dev/null | grep -c UP; true"
+            "command -v scontrol >/dev/null && "
+            "scontrol ping 2>/dev/null | grep -q UP && echo yes; true"
         )
 
-    @staticmethod
-    @override
-    def default() -> bool:
-        return False
 
-    @override
-    def process(self, output: list[str]) -> bool:
-        return output[0].strip() not in ("", "0")
-
-
-class StaleUnits(FactBase[frozenset[str]]):
+class StaleUnits(LineSet):
     """Units that do not run, or run since before one of their files was written.
 
     + units: (unit, files that it reads when it starts)
@@ -631,15 +649,6 @@ class StaleUnits(FactBase[frozenset[str]]):
             "esac; done | sort -u",
             *words,
         )
-
-    @staticmethod
-    @override
-    def default() -> frozenset[str]:
-        return frozenset()
-
-    @override
-    def process(self, output: list[str]) -> frozenset[str]:
-        return frozenset(output)
 
 
 class NewestFirst(FactBase[dict[str, list[str]]]):
@@ -668,7 +677,7 @@ class NewestFirst(FactBase[dict[str, list[str]]]):
         return folders
 
 
-class WorkerPaths(FactBase[frozenset[str]]):
+class WorkerPaths(LineSet):
     """Paths of environments, packages, bundles and tokens that settings files of workers, and of
     a training, name.
 
@@ -683,15 +692,6 @@ class WorkerPaths(FactBase[frozenset[str]]):
             "tr : '\\n' | sort -u",
             folder,
         )
-
-    @staticmethod
-    @override
-    def default() -> frozenset[str]:
-        return frozenset()
-
-    @override
-    def process(self, output: list[str]) -> frozenset[str]:
-        return frozenset(output)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def is_nginx_s(path: str) -> bool:
     return path.startswith(_NGINX_READS)
 
 
-class ForeignConfiguration(FactBase[tuple[str, ...]]):
+class ForeignConfiguration(facts.Lines):
     """Files that nginx includes and no package owns; those of `known` left out."""
 
     @override
@@ -135,15 +135,6 @@ class ForeignConfiguration(FactBase[tuple[str, ...]]):
             'printf "%s\\n" "$f"; done; true',
             *known,
         )
-
-    @staticmethod
-    @override
-    def default() -> tuple[str, ...]:
-        return ()
-
-    @override
-    def process(self, output: list[str]) -> tuple[str, ...]:
-        return tuple(output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,25 +201,7 @@ exit $status
 """
 
 
-class LabelledPorts(FactBase[frozenset[str]]):
-    """Ports that somebody labelled on this host, as the record writes them: `TYPE tcp PORT`."""
-
-    @override
-    def command(self) -> StringCommand:
-        return script("command -v semanage >/dev/null && semanage port -l -n -C; true")
-
-    @staticmethod
-    @override
-    def default() -> frozenset[str]:
-        return frozenset()
-
-    @override
-    def process(self, output: list[str]) -> frozenset[str]:
-        rows = [line.replace(",", " ").split() for line in output]
-        return frozenset(f"{row[0]} {row[1]} {port}" for row in rows for port in row[2:])
-
-
-class Accounts(FactBase[frozenset[str]]):
+class Accounts(facts.LineSet):
     """Which of the words `user:NAME` and `group:NAME` exist on the host itself."""
 
     @override
@@ -238,15 +211,6 @@ class Accounts(FactBase[frozenset[str]]):
             'cut -d : -f 1 "$f" | grep -qxF -- "${a#*:}" && printf "%s\\n" "$a"; done; true',
             *accounts,
         )
-
-    @staticmethod
-    @override
-    def default() -> frozenset[str]:
-        return frozenset()
-
-    @override
-    def process(self, output: list[str]) -> frozenset[str]:
-        return frozenset(output)
 
 
 def _noted() -> Record:
@@ -444,7 +408,8 @@ def selinux_as_found() -> Commands:
             _say([f"switches {boolean} {value}"])
             yield quoted("setsebool", "-P", boolean, value)
     ports = list(noted.of("port"))
-    labelled = host.get_fact(LabelledPorts) if ports else frozenset()
+    given = host.get_fact(facts.SelinuxPorts, local=True) if ports else []
+    labelled = {f"{found.type} tcp {found.first}" for found in given if found.first == found.last}
     if stale := [port for port in ports if port in labelled]:
         _say(f"takes the label {port.split()[0]} from port {port.split()[2]}" for port in stale)
         yield script(
@@ -575,7 +540,7 @@ def folders_go(keep: frozenset[str]) -> Commands:
         yield script('for p; do rmdir -- "$p" || exit 1; done', *empty)
 
 
-class EmptyFolders(FactBase[tuple[str, ...]]):
+class EmptyFolders(facts.Lines):
     """Which folders would be empty, one after the other, when those before them are gone."""
 
     @override
@@ -587,15 +552,6 @@ class EmptyFolders(FactBase[tuple[str, ...]]):
             'gone="$gone|$p|"; printf "%s\\n" "$p"; done; true',
             *paths,
         )
-
-    @staticmethod
-    @override
-    def default() -> tuple[str, ...]:
-        return ()
-
-    @override
-    def process(self, output: list[str]) -> tuple[str, ...]:
-        return tuple(output)
 
 
 def accounts_of(noted: Record, going: Container[str]) -> list[str]:

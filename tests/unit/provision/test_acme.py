@@ -110,7 +110,7 @@ RENEWED = unit_answer(acme.TIMER)
 
 
 def certificate(answer: list[str], *, taken: bool = True, timer: list[str] = RENEWED) -> list[str]:
-    answers = {"checkend": answer, "cmp -s": ["same"] * taken, "systemctl show": timer}
+    answers = {"checkend": answer, "cmp -s": ["yes"] * taken, "systemctl show": timer}
     commands = run(acme.certificate, answers, settings=settings())
     return [c for c in commands if not any(asked in c for asked in answers)]
 

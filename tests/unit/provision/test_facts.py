@@ -32,6 +32,11 @@ def test_selinux_ports_are_ranges_of_tcp() -> None:
     ]
 
 
+def test_what_a_command_says_yes_to() -> None:
+    assert facts.LacksSemanage().process(["yes"])
+    assert not facts.SlurmAnswers().process([])
+
+
 def test_selinux_running_and_configured() -> None:
     assert facts.Selinux().process(["Enforcing", "permissive"]) == SelinuxState(
         running=SelinuxMode.ENFORCING, configured=SelinuxMode.PERMISSIVE

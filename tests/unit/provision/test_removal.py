@@ -213,8 +213,10 @@ def test_a_package_that_a_deploy_brought_to_another_version_is_named() -> None:
 
 def test_labels_of_ports_go_where_they_are_still_there() -> None:
     lines = ("port | http_port_t tcp 9005 | found | absent",)
-    labels = ["http_port_t                    tcp      9005, 9007"]
-    (command,) = run(removal.selinux_as_found, {**journal(*lines), "semanage port -l": labels})
+    labels = ["http_port_t                    tcp      9005, 9007", "http_port_t tcp 9010-9012"]
+    (command,) = run(
+        removal.selinux_as_found, {**journal(*lines), "semanage port -l -n -C": labels}
+    )
     assert "semanage import" in command
     assert "port -d -p tcp 9005" in command
     assert "9007" not in command
