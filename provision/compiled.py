@@ -4,7 +4,10 @@ A release holds it beside the sources, where Python prefers it; a host on which 
 runs the sources. It is of one interpreter (`cp311-x86_64`) and of the sources that it was made
 from, and lies in `.wheelhouse/compiled/`, named by both.
 
-    python -m provision.compiled [--if-possible]        gcc and Python's headers; a minute
+    python -m provision.compiled [--if-possible]        a minute
+
+That takes gcc, Python's headers and requirements/dev.txt. So does finding it, which is by the
+compiler's version: a machine with requirements/operator.txt alone deploys the sources.
 """
 
 from __future__ import annotations
@@ -18,11 +21,10 @@ import sys
 import sysconfig
 import tempfile
 from functools import cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from filelock import FileLock
-
+from provision.locks import locked
 from provision.rendering import CHECKOUT
 
 # What runs for each message or batch. Not those whose Structs msgspec decodes into: mypyc drops the
@@ -76,6 +78,14 @@ def tag(python: str, machine: str) -> str:
     return f"cp{python.replace('.', '')}-{machine}"
 
 
+def has_compiler() -> bool:
+    """Whether mypyc is installed here."""
+    try:
+        return bool(version("mypy"))
+    except PackageNotFoundError:
+        return False
+
+
 @cache
 def digest() -> str:
     """Of the sources and the compiler: the same where the same would be made."""
@@ -87,6 +97,8 @@ def digest() -> str:
 
 def find(*, python: str, machine: str) -> Path | None:
     """The folder with what was compiled of these sources for such hosts; None if it is not here."""
+    if not has_compiler():
+        return None
     folder = ROOT / f"{tag(python, machine)}-{digest()}"
     return folder if folder.is_dir() else None
 
@@ -95,7 +107,7 @@ def build() -> Path:
     """Compile for hosts with this machine's Python, unless that is done. Raises CompilingError."""
     python, machine = f"{sys.version_info.major}.{sys.version_info.minor}", os.uname().machine
     ROOT.mkdir(parents=True, exist_ok=True)
-    with FileLock(ROOT.with_name(".compiled.lock")):
+    with locked(ROOT.with_name(".compiled.lock")):
         if (found := find(python=python, machine=machine)) is not None:
             return found
         _check_tools()
@@ -110,7 +122,8 @@ def build() -> Path:
 def _check_tools() -> None:
     """What a compiler needs."""
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    missing = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
+    missing = [] if has_compiler() else ["mypy (pip install -r requirements/dev.txt)"]
+    missing += [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
     if not header.exists():
         missing.append(f"Python's headers ({header}; python3-dev on Debian, python3-devel on EL)")
     if missing:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from filelock import FileLock
 from packaging.utils import parse_wheel_filename
 
+from provision.locks import locked
 from provision.rendering import CHECKOUT
 
 REQUIREMENTS = CHECKOUT / "requirements" / "service.txt"
@@ -248,7 +248,7 @@ def main() -> int:
         packages=tuple(options.package),
     )
     ROOT.mkdir(exist_ok=True)
-    with FileLock(ROOT / ".lock"):  # two at once would write the same folder beside
+    with locked(ROOT / ".lock"):  # two at once would write the same folder beside
         return _make(options, target)
 
 

@@ -464,6 +464,12 @@ def choose_release(settings: WorkerSettings, hardware: Hardware) -> Release:
     python = _python_version(settings)
     folder = compiled.find(python=python, machine=hardware.machine)
     if folder is None and settings.worker_compiled == "yes":
+        if not compiled.has_compiler():
+            raise DeployError(
+                f"{host.name}: worker_compiled: what was compiled is found by the version of mypy, "
+                "which is not installed on this machine: .venv/bin/pip install -r "
+                "requirements/dev.txt, or set worker_compiled = 'auto'"
+            )
         raise DeployError(
             f"{host.name}: worker_compiled: nothing is compiled of these sources for Python "
             f"{python} on {hardware.machine}; on a machine with both: "

@@ -82,6 +82,19 @@ def test_which_release_a_host_gets(built: Path) -> None:
         workers.choose_release(settings("yes"), other)
 
 
+@pytest.mark.usefixtures("in_context")
+def test_without_the_compiler_the_sources_are_deployed(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compiled.find(python=PYTHON, machine=MACHINE) == built
+    monkeypatch.setattr(compiled, "has_compiler", lambda: False)
+    assert workers.choose_release(settings("auto"), THIS) == workers.build_release()
+    with pytest.raises(DeployError, match=r"gpu1: worker_compiled: .* mypy, which is not"):
+        workers.choose_release(settings("yes"), THIS)
+    with pytest.raises(CompilingError, match=r"missing here: mypy"):
+        compiled.build()
+
+
 def installed(release: Release, place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str]:
     """The folder of a release that the operation's own command unpacked here; and what it said."""
     monkeypatch.setattr(workers, "OPT", str(place))
