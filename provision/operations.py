@@ -8,6 +8,7 @@ a body that yields nothing has changed nothing.
 
 from __future__ import annotations
 
+import base64
 import difflib
 import hashlib
 import io
@@ -25,6 +26,7 @@ from pyinfra.api import (
     FileDownloadCommand,
     FileUploadCommand,
     FunctionCommand,
+    QuoteString,
     StringCommand,
     operation,
 )
@@ -111,9 +113,24 @@ class ManagedFile:
         with self.content.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def upload(self) -> FileUploadCommand:
+    def upload(self) -> FileUploadCommand | StringCommand:
+        """Its bytes into the candidate.
+
+        Those of a secret go by standard input: with `_sudo`, an upload lies in /tmp for a moment,
+        for all to read.
+        """
+        if self.secret:
+            return StringCommand(
+                *("sh", "-c", QuoteString('umask 077; base64 -d >"$1"'), "upload"),
+                QuoteString(self.candidate),
+                _stdin=base64.b64encode(self._bytes).decode(),
+            )
         source = io.BytesIO(self.content) if isinstance(self.content, bytes) else str(self.content)
         return FileUploadCommand(source, self.candidate)
+
+    @property
+    def _bytes(self) -> bytes:
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
     @property
     def candidate(self) -> str:

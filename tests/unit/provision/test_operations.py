@@ -3,11 +3,14 @@
 The hosts are a script of answers; what real hosts make of the commands is in tests/deploy.
 """
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from pyinfra.api import Config, Inventory, State
+from pyinfra.api import Config, Inventory, State, StringCommand
 from pyinfra.api.connect import connect_all
 from pyinfra.api.operation import add_op
 from pyinfra.api.operations import run_ops
@@ -97,6 +100,19 @@ def test_a_file_that_differs_is_staged_checked_and_swapped_in_that_order() -> No
     assert "/etc/nginx/.nginx.conf.candidate" in staged
     assert "sha256sum" in checked
     assert swapped == "mv -fT -- /etc/nginx/.nginx.conf.candidate /etc/nginx/nginx.conf"
+
+
+def test_a_secret_never_lies_anywhere_but_in_its_candidate(tmp_path: Path) -> None:
+    """No upload, which with `_sudo` goes by /tmp; and never readable by others."""
+    secret = ManagedFile(path=f"{tmp_path}/pip.conf", content=b"hunter2\n", secret=True)
+    command = secret.upload()
+    assert isinstance(command, StringCommand)
+    assert "hunter2" not in command.get_raw_value()
+    given = command.connector_arguments["_stdin"]
+    subprocess.run(command.get_raw_value(), shell=True, check=True, input=given, text=True)
+    candidate = Path(secret.candidate)
+    assert candidate.read_bytes() == secret.content
+    assert candidate.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_wrong_mode_alone_is_mended() -> None:
