@@ -14,6 +14,8 @@ import hashlib
 import io
 import math
 import posixpath
+import re
+import shlex
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -268,11 +270,12 @@ def firewalld(
 
     + role: whose ports these are; one call says all that a role wants open
     + ports: open to everybody
-    + ports_from: port, or a range like 1024-65535, -> addresses that may connect; nobody else may
+    + ports_from: port, or a range like 1024-65535, -> addresses that may connect; nobody else may,
+      but to what somebody opened within a range
     + closes: whether what the role had opened and no longer wants is closed
 
     What somebody else opened stays open, but for a port of `ports_from`, which is for those
-    addresses alone.
+    addresses alone. Where it is part of more that was opened, that is somebody's to decide: fails.
     """
     found = host.get_fact(facts.Firewalld)
     if found is None:
@@ -285,11 +288,19 @@ def firewalld(
     noted = record.parse(found.notes).firewall
     mine = noted.get(role, record.Firewall()).opened
     others = {e for name, of in noted.items() if name != role for e in of.opened}
+    there = found.permanent | found.runtime
+    wider = [
+        (entry, place)
+        for entry in sorted(there - wanted - mine - others)
+        for place in restricted
+        if _lets_in(entry, place) and not _is_for(entry, place)
+    ]
+    if wider:
+        yield fail(*(_too_wide(entry, place) for entry, place in wider))
+        return
     yield from _opened(role, wanted, found, mine=mine, ours=mine | others)
     intruders = {
-        entry
-        for entry in found.permanent | found.runtime
-        if entry not in wanted and any(_lets_in(entry, place) for place in restricted)
+        entry for entry in there - wanted if any(_is_for(entry, place) for place in restricted)
     }
     stale = mine - wanted if closes else frozenset()
     for entry in sorted(stale | intruders):
@@ -316,8 +327,41 @@ def _opened(
         yield from firewall_cmd("add", entry, lacking=found)
 
 
+def _ports(text: str) -> tuple[int, int]:
+    """First and last of a port, or of a range like 1024-65535."""
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def _admitted(entry: str) -> tuple[int, int] | None:
+    """The TCP ports that an entry of firewalld lets in; None where it does not, or not by port."""
+    if not entry.startswith("rule "):
+        ports, _, protocol = entry.partition("/")
+        return _ports(ports) if protocol == "tcp" else None
+    found = re.search(r' port port="([0-9-]+)" protocol="tcp"', entry)
+    accepts = "accept" in re.sub(r'"[^"]*"', "", entry).split()
+    return _ports(found.group(1)) if found and accepts else None
+
+
+def _is_for(entry: str, place: int | str) -> bool:
+    """Whether it lets in just this port, or range."""
+    return _admitted(entry) == _ports(str(place))
+
+
 def _lets_in(entry: str, place: int | str) -> bool:
-    return entry == f"{place}/tcp" or f'port="{place}"' in entry
+    """Whether it lets in all of this port or range, and maybe more."""
+    admitted, (first, last) = _admitted(entry), _ports(str(place))
+    return admitted is not None and admitted[0] <= first and last <= admitted[1]
+
+
+def _too_wide(entry: str, place: int | str) -> str:
+    what = "rich-rule" if entry.startswith("rule ") else "port"
+    option = shlex.quote(f"--remove-{what}={entry}")
+    return (
+        f"firewalld lets in {entry}, and by that {place}/tcp, which is for some addresses only; "
+        f"open what else is needed of it by itself, and take it away: firewall-cmd {option}, and "
+        f"the same with --permanent"
+    )
 
 
 def firewall_cmd(

@@ -199,6 +199,51 @@ def test_a_worker_port_that_was_open_to_all_is_closed() -> None:
     ]
 
 
+WORKER_PORT: Any = {"role": "r", "ports_from": {9005: ["10.0.0.11"]}}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        'rule family="ipv4" source address="10.0.0.9" port port="9005" protocol="tcp" reject',
+        'rule family="ipv4" port port="9005" protocol="tcp" log prefix="accept" drop',
+        'rule family="ipv4" source address="10.0.0.9" port port="9005" protocol="udp" accept',
+        'rule family="ipv4" forward-port port="9005" protocol="tcp" to-port="8080"',
+        "9005/udp",
+        "9006-9100/tcp",
+    ],
+)
+def test_a_rule_that_lets_nobody_in_by_tcp_stays(entry: str) -> None:
+    found = {"busctl": zone(RULE.format("10.0.0.11"), entry)}
+    assert run(operations.firewalld, found, **WORKER_PORT) == []
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "9000-9100/tcp",
+        'rule family="ipv4" source address="10.0.0.9" port port="9000-9005" protocol="tcp" accept',
+    ],
+)
+def test_a_range_that_somebody_opened_over_a_worker_port_is_left_to_them(entry: str) -> None:
+    hosts = FakeHosts({"h": {"busctl": zone(entry)}})
+    with pytest.raises(Exception, match="hosts"):
+        hosts.run(operations.firewalld, **WORKER_PORT)
+    (host,) = hosts.state.inventory
+    assert not any("firewall-cmd" in command for command in host.connector.executed_commands)
+    said = operations._too_wide("9000-9100/tcp", 9005)
+    assert "firewall-cmd --remove-port=9000-9100/tcp" in said
+
+
+def test_ranges_of_other_roles_and_what_is_open_within_a_range_stay() -> None:
+    wide = RULE.format("10.0.0.31").replace("9005", "1024-65535")
+    found = {"busctl": [*zone(RULE.format("10.0.0.11"), wide), *opened("trainer", wide)]}
+    assert run(operations.firewalld, found, **WORKER_PORT) == []
+    found = {"busctl": [*zone(wide, "9100/tcp")]}
+    arguments: Any = {"role": "r", "ports_from": {"1024-65535": ["10.0.0.31"]}}
+    assert run(operations.firewalld, found, **arguments) == []
+
+
 def opened(role: str, *entries: str) -> list[str]:
     """What the host's record says that a role has opened."""
     return [f"firewall\t{role}\topened\t{entry}" for entry in entries]
