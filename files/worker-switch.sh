@@ -1,9 +1,13 @@
 # Makes one worker run what its settings file says, on a listening socket of systemd's or its own, as
 # that file says. Runs on the worker's host, as root.
 #
-#   worker-switch UNIT SETTINGS              SETTINGS was swapped in, what it replaced is
-#                                            SETTINGS.previous; comes back if this does not get ready
+#   worker-switch UNIT SETTINGS CANDIDATE SHA256
+#                                            CANDIDATE, which has this digest, becomes SETTINGS; what
+#                                            ran before comes back if the worker does not get ready
 #   worker-switch --previous UNIT SETTINGS   SETTINGS and SETTINGS.rollback change places
+#
+# Settings change under a lock alone, so that no run takes another's for what it was before. Within
+# it, SETTINGS.previous is what to come back to; lies it there at the beginning, a run was killed.
 #
 # Ends with 0 when the worker is ready; else with 1, having said why.
 set -u
@@ -40,36 +44,47 @@ start_worker() {
     systemctl restart "$unit"
 }
 
-# What a deploy that was cut began here is waited for, whatever it comes to; it may be all there is to do.
+# What a deploy that was cut began here is waited for, whatever it comes to.
+waited=
 take_turn() {
     exec 8>"/run/$unit.lock"
     flock --nonblock 8 && return
-    if ! flock --wait 600 8; then
-        say "another deploy has been restarting $unit for ten minutes; nothing was touched, run again"
-        exit 1
-    fi
-    [[ ${1-} == "" ]] && runs_as_declared && exit 0
+    waited=yes
+    flock --wait 600 8 && return
+    say "another deploy has been restarting $unit for ten minutes; nothing was touched, run again"
+    exit 1
 }
 
-runs_as_declared() {
+# SETTINGS: whether the process that runs was started with them.
+runs() {
     local pid declared
-    systemctl is-active --quiet "$unit" && socket_is_declared || return 1
-    declared=$(grep '^GPU_SERVICE_DEPLOYMENT=' "$settings") || return 1
+    systemctl is-active --quiet "$unit" || return 1
+    declared=$(grep '^GPU_SERVICE_DEPLOYMENT=' "$1") || return 1
     pid=$(systemctl show "$unit" -p MainPID --value)
     tr '\0' '\n' <"/proc/$pid/environ" | grep -qxF "$declared"
 }
 
 socket_is_declared() {
-    if grep -qx GPU_WORKER_SOCKET=systemd "$settings"; then
+    if grep -qx GPU_WORKER_SOCKET=systemd "$1"; then
         socket_is_current
     else
         ! systemctl is-active --quiet "$socket"
     fi
 }
 
+# What ran last is what there is to come back to. After a run that was killed that is no more what
+# lies there, unless the worker came up with it.
+keep_previous() {
+    [[ -f $settings ]] && ! cmp -s "$candidate" "$settings" || return 0
+    [[ -f $settings.previous ]] && ! runs "$settings" && return
+    cp -p "$settings" "$settings.previous"
+}
+
 if [[ $1 == --previous ]]; then
     unit=$2 settings=$3 socket=${2%.service}.socket
-    take_turn --previous
+    take_turn
+    # Of a run that was killed: what ran before its change.
+    [[ ! -f $settings.previous ]] || mv -f "$settings.previous" "$settings.rollback"
     [[ -f $settings.rollback ]] || { say "$unit has run nothing else before"; exit 1; }
     # The two change places, so that a second rollback goes forward again.
     mv -f "$settings" "$settings.previous" && mv -f "$settings.rollback" "$settings" || exit 1
@@ -85,8 +100,19 @@ if [[ $1 == --previous ]]; then
     exit 1
 fi
 
-unit=$1 settings=$2 socket=${1%.service}.socket
+unit=$1 settings=$2 candidate=$3 sha256=$4 socket=${1%.service}.socket
 take_turn
+if [[ ! -f $candidate || $(sha256sum <"$candidate") != "$sha256 "* ]]; then
+    say "$candidate is not what was sent: it arrived damaged, or another deploy put its own there;" \
+        "$unit is as it was, run again"
+    exit 1
+fi
+# The deploy that was waited for may have been all there is to do.
+if [[ $waited ]] && runs "$candidate" && socket_is_declared "$candidate"; then
+    mv -fT "$candidate" "$settings"
+    exit
+fi
+keep_previous && mv -fT "$candidate" "$settings" || exit 1
 if start_worker; then
     [[ ! -f $settings.previous ]] || mv -f "$settings.previous" "$settings.rollback"
     exit 0

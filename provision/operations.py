@@ -646,12 +646,13 @@ def roll_workers(
     + roll: how much stays up, and which gateways have to see a worker before the next one goes
     + down_only: only those that do not run, which costs nobody anything: all hosts at once
 
-    Each worker's settings file is swapped in just before its restart, so one whose turn has not
-    come would, crashing, come back as it was. `systemctl restart` drains the worker, which takes no
-    connection any more from then on (nginx turns to another), and returns when it is
-    ready (`Type=notify`). One that does not become ready gets its previous settings back, and
-    no other is touched (files/worker-switch.sh). Compared is what the *running process* was
-    started with, so nothing is restarted twice, and nothing is forgotten when a run is cut.
+    Each worker's settings file is swapped in with its restart, under the same lock, so one whose
+    turn has not come would, crashing, come back as it was. `systemctl restart` drains
+    the worker, which takes no connection any more from then on (nginx turns to another), and
+    returns when it is ready (`Type=notify`). One that does not become ready gets its previous
+    settings back, and no other is touched (files/worker-switch.sh). Compared is what
+    the *running process* was started with, so nothing is restarted twice, and nothing is
+    forgotten when a run is cut.
     """
     workers = list(workers)
     roll = roll or Roll()
@@ -687,15 +688,15 @@ def roll_workers(
                 rollout.begin(f"{worker.name} on {host.name}")
                 yield fail(f"{worker.name} is as it was: {reason}")
                 return
-        if not in_place:
-            yield script('[ ! -f "$1" ] || cp -p "$1" "$1.previous"', worker.settings.path)
-            yield from swap_in(worker.settings)
         if worker.runs(service, socket):
-            continue  # only the file had drifted
+            yield from swap_in(worker.settings)  # only the file had drifted
+            continue
+        yield from stage(worker.settings)
         # Never ends if the restart fails, since the generator is not resumed then.
         if executing():
             rollout.begin(f"{worker.name} on {host.name}")
-        yield _switch_worker(worker.name, worker.settings.path)
+        settings = worker.settings
+        yield _switch_worker(worker.name, settings.path, settings.candidate, settings.sha256)
         if executing():
             rollout.end(
                 f"{worker.name} on {host.name}",
