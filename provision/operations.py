@@ -718,6 +718,10 @@ def _reason_to_wait(
         return f"{rollout.failed_on} failed before it"
     if worker.runs(service, socket):
         return None  # it goes on
+    failed = {found.name for found in state.failed_hosts}
+    for other in roll.capacity.get(worker.service, {}):
+        if other.rpartition(":")[0] in failed:
+            rollout.lose(other)
     refused = rollout.refusal(
         worker.worker, min_up=roll.min_up, capacity=roll.capacity.get(worker.service, {})
     )
@@ -727,17 +731,29 @@ def _reason_to_wait(
 
 
 def _until_seen(rollout: Rollout, roll: Roll) -> None:
-    """Wait until every gateway sends clients to the workers that were restarted before."""
-    for gateway in state.inventory.get_active_hosts():
-        for service, place in roll.gateways.get(gateway.name, {}).items():
-            unseen, seconds = rollout.unseen(
-                fail_timeout_s=roll.fail_timeout_s, now=time.monotonic()
-            )
+    """Wait until every gateway sends clients to the workers that were restarted before.
+
+    One that cannot be asked, as it is not part of this run or failed in it, does so when nginx
+    tries them by itself.
+    """
+    reached = {found.name: found for found in state.inventory.get_active_hosts()}
+    all_told = True
+    for name, places in roll.gateways.items():
+        for service, place in places.items():
+            unseen, seconds = _unseen(rollout, roll)
             waiting = [worker for worker in unseen if worker in roll.capacity.get(service, {})]
             if waiting:
                 command = ("bash", "-c", rendering.shell("worker-seen.sh"), "worker-seen", place)
-                ask(quoted(*command, str(math.ceil(seconds)), *waiting), of=gateway)
+                asking = quoted(*command, str(math.ceil(seconds)), *waiting)
+                told = name in reached and ask(asking, of=reached[name])[0]
+                all_told = all_told and told
+    if not all_told:
+        time.sleep(_unseen(rollout, roll)[1])
     rollout.all_seen()
+
+
+def _unseen(rollout: Rollout, roll: Roll) -> tuple[list[str], float]:
+    return rollout.unseen(fail_timeout_s=roll.fail_timeout_s, now=time.monotonic())
 
 
 def _switch_worker(*arguments: str) -> StringCommand:

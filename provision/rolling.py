@@ -27,6 +27,10 @@ class Rollout:
         """What was found: it is up with this share of the capacity; 0 is down, or a backup."""
         self._up[worker] = weight
 
+    def lose(self, worker: str) -> None:
+        """Its host failed in this run: if nobody looked at it before, it counts as down."""
+        self._up.setdefault(worker, 0)
+
     @property
     def failed_on(self) -> str | None:
         """The first restart that was begun and never came to its end: nobody else restarts."""
@@ -56,9 +60,10 @@ class Rollout:
         """Why `worker` may not go down now; None: it may.
 
         `capacity`: the weights of all declared workers that serve the same. One that is down costs
-        nothing; and where all are up, one may go, whatever share that is.
+        nothing; and where all are up, one may go, whatever share that is. One that nobody looked
+        at, as its host is not part of the run (`--limit`), counts as up.
         """
-        up = {name: self._up.get(name, 0) for name in capacity}
+        up = {name: self._up.get(name, weight) for name, weight in capacity.items()}
         down = [name for name, weight in capacity.items() if weight and not up[name]]
         if not down or not up.get(worker):
             return None

@@ -73,6 +73,11 @@ class FakeHosts:
             for host in self.state.inventory
         }
 
+    def fail(self, *names: str) -> None:
+        """As hosts that could not be reached."""
+        lost = {self.state.inventory.get_host(f"@fake/{name}") for name in names}
+        self.state.fail_hosts(lost)
+
     def failed(self) -> set[str]:
         return {host.name.removeprefix("@fake/") for host in self.state.failed_hosts}
 
@@ -365,13 +370,46 @@ def test_those_that_are_down_are_started_first_and_no_other_is_touched() -> None
 
 
 def test_a_worker_stays_up_where_too_few_others_are() -> None:
-    """Two of three are not there, as a host that could not be reached."""
-    hosts = FakeHosts({"h": answers(unit_answer(A.name, deployment="d0"))})
-    roll_of_three = Roll(min_up=0.5, capacity={"": {"h:9005": 1, "i:9005": 1, "j:9005": 1}})
+    """Two of three are not there: their hosts could not be reached."""
+    hosts = FakeHosts({"h": answers(unit_answer(A.name, deployment="d0")), "i": {}, "j": {}})
+    hosts.fail("i", "j")
     with pytest.raises(Exception, match="hosts"):
-        hosts.run(operations.roll_workers, workers=[A], rollout=Rollout(), roll=roll_of_three)
+        hosts.run(operations.roll_workers, workers=[A], rollout=Rollout(), roll=ROLL_OF_THREE)
     commands = next(iter(hosts.state.inventory)).connector.executed_commands
     assert not any(is_switch(command, A) for command in commands)
+
+
+def test_workers_of_hosts_that_are_not_part_of_the_run_are_not_taken_for_down() -> None:
+    """As with `--limit`."""
+    hosts = FakeHosts({"h": answers(unit_answer(A.name, deployment="d0"))})
+    commands = hosts.run(
+        operations.roll_workers, workers=[A], rollout=Rollout(), roll=ROLL_OF_THREE
+    )["h"]
+    assert is_switch(commands[-1], A)
+
+
+def slept(monkeypatch: pytest.MonkeyPatch, answer: Answers, gateways: Mapping[str, Any]) -> float:
+    """How long the second of two workers' turn waits after the first was restarted."""
+    waits: list[float] = []
+    monkeypatch.setattr(
+        operations, "time", SimpleNamespace(monotonic=lambda: 100.0, sleep=waits.append)
+    )
+    stale = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, deployment="d0"))
+    seen_by = Roll(capacity={"": {"h:9005": 1, "h:9006": 1}}, gateways=gateways, fail_timeout_s=5)
+    commands = run(
+        operations.roll_workers, answer | stale, workers=[A, B], rollout=Rollout(), roll=seen_by
+    )
+    assert is_switch(commands[-1], B)
+    return sum(waits)
+
+
+def test_gateways_that_were_not_asked_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are not part of the run, or could not be asked."""
+    here, elsewhere = {"@fake/h": {"": "8009"}}, {"gw2": {"": "8009"}}
+    assert slept(monkeypatch, {}, here) == 0
+    assert slept(monkeypatch, {}, here | elsewhere) == 6.5
+    assert slept(monkeypatch, {"worker-seen": {"success": False}}, here) == 6.5
+    assert slept(monkeypatch, {}, {"gw2": {"another": "8009/another"}}) == 0
 
 
 def test_the_next_one_goes_when_the_gateways_see_the_one_before() -> None:

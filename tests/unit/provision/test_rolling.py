@@ -40,6 +40,17 @@ def test_a_refusal_names_who_is_down_and_what_would_be_left() -> None:
     assert "down are b:1, b:2" in refused
 
 
+def test_one_that_nobody_looked_at_counts_as_up_unless_its_host_failed() -> None:
+    found = Rollout()
+    found.note("a:1", weight=1)
+    assert found.refusal("a:1", min_up=1.0, capacity=FOUR) is None
+    found.lose("b:1")
+    found.lose("a:1")  # what was seen counts
+    refused = found.refusal("a:1", min_up=0.6, capacity=FOUR)
+    assert refused is not None
+    assert "down are b:1:" in refused
+
+
 def test_weights_count_and_backups_do_not() -> None:
     capacity = {"a:1": 3, "b:1": 1, "c:1": 1, "d:1": 0}
     found = Rollout()
