@@ -309,19 +309,28 @@ case $? in
     *) leave ;;
 esac
 
+was_active=no
+! systemctl is-active --quiet nginx.service || was_active=yes
 if ! swap_in; then
     put_back
     say "could not swap the files in; the live configuration is as it was"
     leave
 fi
+# What nginx did not take is taken back wherever it ran before. Whether clients are served says
+# something of a configuration only where they were.
 if reload_or_start; then
     [[ $served_before == no ]] || clients_are_served "$probe" && conclude
     unserved "does not answer" "$lost"
+elif [[ $was_active == no && $served_before == no ]]; then
+    tidy
+    exit 1
 fi
-if [[ $served_before == yes && -n "${changed[*]}${pruned[*]}$old_master" ]]; then
+if [[ -n "${changed[*]}${pruned[*]}$old_master" ]]; then
     put_back
     if [[ -n $old_master ]]; then take_back; else reload_or_start; fi
-    if clients_are_served "$probe_before"; then
+    if [[ $served_before == no ]]; then
+        say "the previous configuration is back; before this change, clients were not served either"
+    elif clients_are_served "$probe_before"; then
         say "the previous configuration is back, and clients are served"
     else
         say "the previous configuration is back, but clients are still not served"
