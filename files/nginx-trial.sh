@@ -10,7 +10,8 @@
 # which the next start fails (nginx/nginx#816). In its own network every port is free, so nginx opens
 # the very ports that are declared; then it is executed anew, as for a new binary (USR2), in the
 # host's network, and keeps those sockets: the handshake comes in by the private ports and goes out
-# to the workers on the way on which clients' will.
+# to the workers on the way on which clients' will. `nginx -t` is asked in the host's network, where
+# names of upstreams are found.
 # https://nginx.org/en/docs/control.html#upgrade
 #
 # Stands behind handshake.sh, whose functions it uses.
@@ -25,6 +26,13 @@ say() { printf '%s\n' "$*" >&2; }
 beside() { printf '%s/.%s.%s' "${1%/*}" "${1##*/}" "$2"; }
 
 try_candidates() {
+    local tool
+    for tool in ip ss unshare nsenter; do
+        type -P "$tool" >/dev/null && continue
+        say "the trial could not be started: $tool is missing on this host; install it (ip and ss are" \
+            "in the package iproute, or iproute2; the others in util-linux)"
+        return "$REFUSED"
+    done
     mkdir -p "$apart"
     foreign=$(ss -ltnpH | grep -v '(("nginx",' | awk '{ print $4, $NF }')
     # Descriptor 9: the host's network. The lock (8) is not for what starts in there.
@@ -40,11 +48,17 @@ _try() {
         say "the candidates cannot be tried on this host; the live configuration is as it was"
         return "$REFUSED"
     fi
-    if ! nginx -t -q; then
+    if ! _in_the_hosts_network nginx -t -q; then
         say "refused by nginx -t of this host; the live configuration is as it was"
         return "$REFUSED"
     fi
+    if ! _prepare_its_network; then
+        say "the trial could not be started: its network could not be prepared; the live" \
+            "configuration is as it was"
+        return "$REFUSED"
+    fi
     if ! _start_beside; then
+        say "the trial could not be started: nginx ended at once; its error log says:"
         tail -n 5 "$apart/log/error.log" >&2
         return "$UNSERVED"
     fi
@@ -80,12 +94,34 @@ _furnish() {
     sed -i -e "s|^pid .*|pid $apart/nginx.pid;|" -e 's|^worker_processes .*|worker_processes 1;|' "$conf"
 }
 
-_start_beside() {
+_in_the_hosts_network() { nsenter --net=/proc/self/fd/9 -- "$@"; }
+
+_prepare_its_network() {
     local setting
     ip link set lo up || return 1
     for setting in /proc/sys/net/ipv{4,6}/ip_nonlocal_bind; do  # the host's addresses are not here
         [[ ! -w $setting ]] || echo 1 >"$setting"
     done
+    : >>/etc/hosts
+    cp -L /etc/hosts "$apart/hosts" && mount --bind "$apart/hosts" /etc/hosts && _learn_names
+}
+
+# nginx looks the names of its configuration up when it starts, and nobody answers in its own
+# network: those that it misses are written down as the host's network knows them. nginx stops at the
+# first one that it does not find, and says which.
+_learn_names() {
+    local name asked=''
+    for _ in $(seq 100); do
+        name=$(nginx -t -q 2>&1 | sed -n 's/.*host not found in [^"]*"\([^":/]*\).*/\1/p' | head -n 1)
+        [[ -n $name && $name != "$asked" ]] || break
+        asked=$name
+        _in_the_hosts_network getent ahosts "$name" |
+            awk -v name="$name" '$2 == "STREAM" && $1 !~ /%/ { print $1, name }' >>"$apart/hosts"
+    done
+    : >"$apart/log/error.log"  # what it says from here on is of its start
+}
+
+_start_beside() {
     # What nginx executes on USR2 is what it was called by.
     printf '#!/bin/sh\nexec nsenter --net=/proc/self/fd/9 -- "%s" "$@"\n' "$(type -P nginx)" \
         >"$apart/nginx" && chmod 755 "$apart/nginx" && (exec -a "$apart/nginx" nginx)

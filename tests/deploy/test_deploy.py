@@ -204,6 +204,55 @@ def test_a_configuration_that_nginx_refuses_never_goes_live(
     assert deployment.run().returncode == 0
 
 
+# A name server on the gateway's own loopback, out of reach of other networks: all is at 127.0.0.1.
+NAME_SERVER = r"""
+import socket
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("127.0.0.53", 53))
+while True:
+    asked, client = server.recvfrom(512)
+    end = asked.index(0, 12) + 5
+    found = asked[end - 4 : end - 2] == bytes([0, 1])
+    head = asked[:2] + bytes([0x81, 0x80, 0, 1, 0, found, 0, 0, 0, 0]) + asked[12:end]
+    answer = bytes([0xC0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4, 127, 0, 0, 1])
+    server.sendto(head + (answer if found else b""), client)
+"""
+
+NAME_SERVER_STARTS = """
+set -eu
+cp /etc/resolv.conf /root/resolv.kept
+systemd-run --quiet --unit=test-names python3 -c "$1"
+echo 'nameserver 127.0.0.53' >/etc/resolv.conf
+for _ in $(seq 50); do getent hosts only.lab.test >/dev/null && break; sleep 0.1; done
+getent hosts only.lab.test
+echo "$2" >/etc/nginx/conf.d/named.conf
+"""
+
+
+@pytest.fixture
+def named_upstream(deployment: Deployment) -> Iterator[None]:
+    """A server of somebody else whose upstream has a name that only DNS knows."""
+    conf = "server { listen 127.0.0.1:8011; location / { proxy_pass http://only.lab.test:8012; } }"
+    deployment.on("gw1", "sh", "-c", NAME_SERVER_STARTS, "sh", NAME_SERVER, conf)
+    yield
+    deployment.on(
+        "gw1",
+        *("sh", "-c"),
+        "rm -f /etc/nginx/conf.d/named.conf; systemctl stop test-names; "
+        "cat /root/resolv.kept >/etc/resolv.conf; rm /root/resolv.kept",
+    )
+    assert deployment.run().returncode == 0
+
+
+@pytest.mark.usefixtures("named_upstream")
+def test_a_name_that_only_dns_knows_is_known_where_a_configuration_is_tried(
+    deployment: Deployment,
+) -> None:
+    result = deployment.run(keepalive_timeout_s=67)
+    assert result.returncode == 0, result.output
+    assert "keepalive_timeout 67;" in deployment.on("gw1", "cat", "/etc/nginx/nginx.conf")
+
+
 def test_a_port_that_is_taken_is_told_before_anything_is_touched(deployment: Deployment) -> None:
     """`nginx -t` has nothing against it; the reload would, in silence."""
     before = deployment.on("gw1", "sha256sum", "/etc/nginx/nginx.conf")
