@@ -10,7 +10,7 @@ from pyinfra import host, inventory
 
 from provision import gateway, preflight, workers
 from provision.operations import barrier, report
-from provision.verify import verify_gateway
+from provision.verify import verify_live_gateway
 
 fleet = preflight.current_fleet(inventory, with_files=False)
 sides = preflight.rollback_sides(host)
@@ -28,6 +28,6 @@ if as_gateway and "gateways" in sides:
 barrier(name="Gateways are back")
 
 if as_gateway:
-    verify_gateway(as_gateway, fleet)
+    verify_live_gateway()
 
 report(name="What this run came to")

@@ -34,6 +34,13 @@ handshake_status() {
     printf '%s\n' "${line%$'\r'}"
 }
 
+# can_ask PROBE…: whether this host has what it takes. Without it, nothing would seem to be served.
+can_ask() {
+    [[ $* != *tls:* ]] || type -P curl >/dev/null && return
+    printf '%s\n' "curl is missing on this host, by which a handshake through TLS is tried; install it" >&2
+    return 1
+}
+
 places_of() { printf '%s\n' "${1%% *}" | tr , '\n'; }
 
 is_served() {

@@ -279,6 +279,7 @@ else
 fi
 
 probe_before=$(probe_of "$conf")
+can_ask "$probe" "$probe_before" || leave
 served_before=no silent_before=''
 if [[ -n $probe_before ]]; then
     silent_before=$(silent_of "$probe_before")

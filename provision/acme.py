@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 from pyinfra import host
 from pyinfra.api import StringCommand, operation
-from pyinfra.operations import apt, yum
 from typing_extensions import override
 
 from provision import facts, operations, record, rendering
@@ -118,11 +117,7 @@ def certbot(package: str) -> Commands:
     found = host.get_fact(facts.Packages, names=(package,), files=())
     if package in found.packages:
         return  # also where the lists are a day old: apt's operation would fetch them anew
-    if found.manager == "apt":
-        commands = apt.packages._inner(packages=[package], update=True, cache_time=86400)
-    else:
-        commands = yum.packages._inner(packages=[package])
-    yield from record.installing([package], commands)
+    yield from record.by_manager(package, found.manager)
 
 
 # Under /var/www, for which SELinux's policy has a type that nginx may read.
@@ -197,6 +192,18 @@ def retire() -> Commands:
     timer = host.get_fact(facts.UnitStates, units=(TIMER,)).get(TIMER, facts.UnitState())
     if timer.enabled or timer.active == "active":
         yield script(_RETIRE, TIMER, UNITS)
+
+
+@operation()
+def follow() -> Commands:
+    """What renews a certificate runs where a rollback left its unit, and only there."""
+    unit = f"{UNITS}/{TIMER}"
+    if unit not in host.get_fact(facts.Paths, paths=(unit,)):
+        yield from retire._inner()
+        return
+    timer = host.get_fact(facts.UnitStates, units=(TIMER,)).get(TIMER, facts.UnitState())
+    if not (timer.enabled and timer.active == "active"):
+        yield quoted("systemctl", "enable", "--quiet", "--now", TIMER)
 
 
 _ASK = """

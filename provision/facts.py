@@ -111,7 +111,7 @@ class FileStates(FactBase[dict[str, FileState]]):
 
 
 class FileText(FactBase[str | None]):
-    """The text of a file, or None. For diffs only."""
+    """The text of a file, or None. To show or to look into, not to compare."""
 
     @override
     def command(self, path: str) -> StringCommand:
@@ -304,6 +304,14 @@ class LacksSemanage(Said):
         return script(
             "selinuxenabled 2>/dev/null && ! command -v semanage >/dev/null && echo yes; true"
         )
+
+
+class Lacks(Said):
+    """Whether a program is missing, whichever package it would come from."""
+
+    @override
+    def command(self, program: str) -> StringCommand:
+        return script('command -v "$1" >/dev/null || echo yes; true', program)
 
 
 @dataclass(frozen=True)

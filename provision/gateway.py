@@ -10,28 +10,29 @@ import ipaddress
 from functools import partial
 
 from pyinfra import host
-from pyinfra.api import deploy
+from pyinfra.api import deploy, operation
 
 from provision import (
     acme,
     aftermath,
     certificates,
     facts,
+    live,
     metrics,
     nginx_packages,
     nginx_versions,
     operations,
+    record,
     rendering,
     selinux,
     sizing,
 )
 from provision.nginx_versions import Version
-from provision.operations import ManagedFile
+from provision.operations import Commands, ManagedFile
 from provision.preflight import RefusedError
 from provision.settings import (
     SELF_SIGNED_CERTIFICATE,
     SELF_SIGNED_KEY,
-    UNITS,
     Fleet,
     GatewaySettings,
 )
@@ -45,6 +46,8 @@ def gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     cores = sized(settings, fleet)
     settings = certificates.settled(settings)
     install(settings)
+    if "tls:" in fleet.probe(settings):
+        curl(name="curl is installed")
     selinux.configure(settings, fleet)
     # Clients come by the former port until nginx runs this configuration, which it may refuse.
     operations.firewalld(
@@ -103,10 +106,29 @@ def install(settings: GatewaySettings) -> None:
     nginx_packages.nginx_installed(name="nginx is installed", declared=declared)
 
 
+@operation()
+def curl() -> Commands:
+    """curl is there, by which handshakes through TLS are tried; in whichever package it came."""
+    if host.get_fact(facts.Lacks, program="curl"):
+        manager = host.get_fact(facts.Packages, names=("curl",), files=()).manager
+        yield from record.by_manager("curl", manager)
+
+
 @deploy("Gateway rollback")
 def previous() -> None:
     """Back to the configuration that the last change replaced."""
     operations.nginx_previous(name="nginx runs what it ran before")
+    live_ports(name="Its public ports are open")
+    acme.follow(name="Its certificate is renewed, or is none to renew")
+
+
+@operation()
+def live_ports() -> Commands:
+    """The public ports of the configuration that is live are open; none is closed, since the next
+    deploy knows which are declared.
+    """
+    text = host.get_fact(facts.FileText, path=live.NGINX_CONF) or ""
+    yield from operations.firewalld._inner(role="gateway", ports=live.ports(text), closes=False)
 
 
 def sized(settings: GatewaySettings, fleet: Fleet) -> int:
@@ -146,7 +168,7 @@ def nginx_conf(
 ) -> ManagedFile:
     """nginx.conf for the nginx that is installed on the host."""
     return ManagedFile(
-        path="/etc/nginx/nginx.conf",
+        path=live.NGINX_CONF,
         content=rendering.nginx_conf(settings, fleet, cores, version=version),
     )
 
@@ -157,7 +179,7 @@ def supporting_files(settings: GatewaySettings, fleet: Fleet, cores: int = 1) ->
         ManagedFile(path=f"{ERROR_PAGES}/50x.html", content=rendering.static("50x.html")),
         ManagedFile(path="/etc/logrotate.d/nginx", content=rendering.static("nginx.logrotate")),
         ManagedFile(
-            path=f"{UNITS}/nginx.service.d/gateway.conf",
+            path=live.NGINX_DROP_IN,
             content=rendering.nginx_unit(settings, fleet, cores),
         ),
         *acme.files(settings),

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from pyinfra import host
 from pyinfra.api import FactBase, StringCommand, operation
 from pyinfra.facts.rpm import RpmPackages
-from pyinfra.operations import server, yum
+from pyinfra.operations import apt, server, yum
 from typing_extensions import override
 
 from provision import facts, rendering
@@ -128,6 +128,15 @@ def installing(packages: Iterable[str], commands: Commands) -> Commands:
         yield command
     if changed:
         yield _note("came", names[0])
+
+
+def by_manager(package: str, manager: str) -> Commands:
+    """A package, by the package manager that the host has: `apt`, or `dnf`."""
+    if manager == "apt":
+        commands = apt.packages._inner(packages=[package], update=True, cache_time=86400)
+    else:
+        commands = yum.packages._inner(packages=[package])
+    yield from installing([package], commands)
 
 
 @operation()

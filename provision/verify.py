@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pyinfra import host
 from pyinfra.api import deploy, operation
 
-from provision import rendering, workers
+from provision import facts, live, rendering, workers
 from provision.facts import quoted, script
 from provision.operations import Commands, ask, each, executing, fail
 from provision.settings import Fleet, GatewaySettings, WorkerSettings
@@ -51,6 +51,14 @@ def _reachable(settings: WorkerSettings) -> str:
 def verify_gateway(settings: GatewaySettings, fleet: Fleet) -> None:
     handshake(name="WebSocket handshake through the public port", probe=fleet.probe(settings))
     sandboxed(name="nginx runs in its sandbox", wanted=settings.sandbox)
+    descriptors(name="nginx may open the files that it counts on")
+
+
+@deploy("Verify gateway")
+def verify_live_gateway() -> None:
+    """The same of the configuration that a rollback brought back, whatever is declared."""
+    handshake(name="WebSocket handshake through the public port", probe=None)
+    sandboxed(name="nginx runs in its sandbox", wanted=None)
     descriptors(name="nginx may open the files that it counts on")
 
 
@@ -117,19 +125,27 @@ tail -n 20 /var/log/nginx/error.log 2>/dev/null
 
 
 @operation()
-def handshake(probe: str) -> Commands:
+def handshake(probe: str | None) -> Commands:
     """A handshake at each place of `probe` (files/handshake.sh), one for each service, has to be
     answered by a worker: with 101, or with 401 by one that asks for a token; or by nginx as it
-    says.
+    says. None: the places that the live nginx.conf names.
     """
     if not executing():
         return
-    text = rendering.shell("handshake.sh") + 'handshake_status "$1"\n'
+    if probe is None:
+        probe = live.probe(host.get_fact(facts.FileText, path=live.NGINX_CONF) or "")
+    if probe is None:
+        host.log(f"{live.NGINX_CONF} is not of a deploy: where it serves clients, it does not say")
+        return
+    text = rendering.shell("handshake.sh") + 'can_ask "$1" && handshake_status "$1"\n'
     places, *refusals = probe.split()
     for place in places.split(","):
         _, output = ask(quoted("bash", "-c", text, "handshake", place))
         status = output.stdout_lines[0] if output.stdout_lines else ""
         code = next((c for c in ("101", "401", *refusals) if f" {c} " in f"{status} "), None)
+        if missing := [line for line in output.stderr_lines if line.startswith("curl is missing")]:
+            yield fail(*missing)
+            return
         if code is None:
             _, evidence = ask(quoted("bash", "-c", _EVIDENCE))
             lines = tuple(evidence.stdout_lines)
@@ -151,11 +167,16 @@ awk '$5 == "/" { found = $6 } END { print found }' /proc/"$pid"/mountinfo
 
 
 @operation()
-def sandboxed(wanted: bool) -> Commands:
+def sandboxed(wanted: bool | None) -> Commands:
     """Says so where nginx was started before its sandbox was declared, or taken back: a restart
     closes its sockets, so that is the operator's to decide. Changes nothing.
+
+    + wanted: as declared; None: as the live drop-in says
     """
     if executing():
+        if wanted is None:
+            text = host.get_fact(facts.FileText, path=live.NGINX_DROP_IN) or ""
+            wanted = live.is_sandboxed(text)
         succeeded, output = ask(quoted("sh", "-c", _SANDBOXED))
         mounted = output.stdout_lines[0] if succeeded and output.stdout_lines else ""
         message = sandbox_message(wanted=wanted, mounted=mounted)

@@ -220,9 +220,10 @@ while True:
 
 NAME_SERVER_STARTS = """
 set -eu
-cp /etc/resolv.conf /root/resolv.kept
+for file in resolv nsswitch; do cp /etc/$file.conf /root/$file.kept; done
 systemd-run --quiet --unit=test-names python3 -c "$1"
 echo 'nameserver 127.0.0.53' >/etc/resolv.conf
+echo 'hosts: files dns' >/etc/nsswitch.conf
 for _ in $(seq 50); do getent hosts only.lab.test >/dev/null && break; sleep 0.1; done
 getent hosts only.lab.test
 echo "$2" >/etc/nginx/conf.d/named.conf
@@ -239,7 +240,8 @@ def named_upstream(deployment: Deployment) -> Iterator[None]:
         "gw1",
         *("sh", "-c"),
         "rm -f /etc/nginx/conf.d/named.conf; systemctl stop test-names; "
-        "cat /root/resolv.kept >/etc/resolv.conf; rm /root/resolv.kept",
+        "for file in resolv nsswitch; do cat /root/$file.kept >/etc/$file.conf; done; "
+        "rm /root/*.kept",
     )
     assert deployment.run().returncode == 0
 
@@ -388,6 +390,20 @@ def test_rollback_brings_back_what_ran_before_the_last_change(deployment: Deploy
     assert "MAX_BATCH=48" in deployment.on("gpu1", "cat", "/etc/gpu-service/worker-9005.env")
     assert "gw1" not in one_side.changed
     assert deployment.run().returncode == 0
+
+
+def test_a_rollback_to_another_port_opens_it_and_is_verified_there(
+    deployment: Deployment,
+) -> None:
+    moved = deployment.run(listen_port=8019)
+    assert moved.returncode == 0, moved.output
+    assert deployment.on("gw1", "firewall-cmd", "--list-ports").split() == ["8019/tcp"]
+    back = deployment.run(deploy="rollback.py", rollback="gateways", listen_port=8019)
+    assert back.returncode == 0, back.output
+    assert "verified: port 8009 answers a WebSocket handshake with 101" in back.output
+    assert ready_through(deployment)
+    assert deployment.run().returncode == 0
+    assert deployment.on("gw1", "firewall-cmd", "--list-ports").split() == ["8009/tcp"]
 
 
 def test_a_port_that_is_no_longer_declared_is_retired(deployment: Deployment) -> None:

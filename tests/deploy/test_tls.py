@@ -217,7 +217,25 @@ def test_drift_and_the_checks_of_hosts_tell_until_when_it_is_valid(
     assert "in 299 days" in drift.stdout
 
 
+def timer(deployment: Deployment) -> str:
+    """Whether the renewal is enabled, and whether it runs."""
+    asking = f"systemctl is-enabled {acme.TIMER}; systemctl is-active {acme.TIMER}"
+    return " ".join(on_gateway(deployment, asking, check=False).split())
+
+
+def test_a_rollback_brings_the_renewal_back(deployment: Deployment) -> None:
+    assert deployment.run().returncode == 0
+    assert timer(deployment).split()[-1] == "inactive"
+    back = deployment.run(deploy="rollback.py", rollback="gateways")
+    assert back.returncode == 0, back.output
+    assert "verified: port 8443 answers a WebSocket handshake with 101" in back.output
+    assert served(deployment, OTHER)
+    assert timer(deployment) == "enabled active"
+
+
 def test_the_way_back_leaves_the_reference(deployment: Deployment) -> None:
     back = deployment.run()
     assert back.returncode == 0, back.output
-    assert on_gateway(deployment, f"systemctl is-enabled {acme.TIMER} || true").strip() != "enabled"
+    assert timer(deployment).split()[-1] == "inactive"
+    wanted = f"{acme.UNITS}/timers.target.wants"
+    assert acme.TIMER not in on_gateway(deployment, f"ls {wanted} 2>/dev/null || true")

@@ -157,6 +157,17 @@ def test_a_certbot_that_is_there_changes_nothing(manager: str, installs: str) ->
     assert any(installs in command for command in done())
 
 
+def test_after_a_rollback_the_timer_follows_its_unit() -> None:
+    there = {"readlink": f"{acme.UNITS}/{acme.TIMER}"}
+    stopped = {"systemctl show": [f"unit={acme.TIMER}", "ActiveState=inactive"]}
+    enabling = f"systemctl enable --quiet --now {acme.TIMER}"
+    assert run(acme.follow, there | stopped) == [enabling]
+    assert run(acme.follow, there | {"systemctl show": RENEWED}) == []
+    (retiring,) = run(acme.follow, {"systemctl show": RENEWED})
+    assert "disable --quiet --now" in retiring
+    assert run(acme.follow, stopped) == []
+
+
 def test_a_timer_whose_file_went_is_stopped_all_the_same(tmp_path: Path) -> None:
     """systemd refuses to disable a unit that has no file any more."""
     wanted = tmp_path / "timers.target.wants" / acme.TIMER

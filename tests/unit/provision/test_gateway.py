@@ -13,15 +13,16 @@ from typing import Any
 
 import pytest
 
-from provision import facts, gateway, operations, rendering, services, verify
+from provision import facts, gateway, live, operations, rendering, services, verify
 from provision.settings import HARDENED, GatewaySettings, HostInput
 from tests.unit.provision import fleets
 from tests.unit.provision.fleets import fleet, worker
 from tests.unit.provision.test_nginx_conf import block, flat, parsed
-from tests.unit.provision.test_operations import run
+from tests.unit.provision.test_operations import opened, run, zone
 from tests.unit.provision.test_settings import problems
 
 CERTIFICATE = {"tls_certificate": "/etc/pki/gw.pem", "tls_certificate_key": "/etc/pki/gw.key"}
+ACME = {"tls_acme": True, "acme_terms_agreed": True, "server_name": "gw.example.com"}
 HARD = {"profile": "hardened", **CERTIFICATE}
 
 
@@ -249,6 +250,64 @@ def test_the_activation_finds_the_probe_in_the_configuration(
         check=True,
     )
     assert result.stdout.strip() == found.probe(found.gateways["gw1"])
+    assert live.probe(path.read_text()) == found.probe(found.gateways["gw1"])
+
+
+@pytest.mark.parametrize("data", [{}, HARD, {**CERTIFICATE, "status_port": 8008}, ACME])
+def test_the_live_configuration_says_its_public_ports(data: dict[str, Any]) -> None:
+    found = fleet(fleets.gateway(**data), worker())
+    text = rendering.nginx_conf(found.gateways["gw1"], found).decode()
+    assert sorted(live.ports(text)) == sorted(gateway.public_ports(found.gateways["gw1"]))
+    drop_in = rendering.nginx_unit(found.gateways["gw1"], found).decode()
+    assert live.is_sandboxed(drop_in) is found.gateways["gw1"].sandbox
+
+
+def test_a_configuration_of_somebody_else_says_nothing() -> None:
+    text = "http { server {\n listen 80 default_server;\n} }\n"
+    assert (live.probe(text), live.ports(text)) == (None, [])
+
+
+def test_a_rollback_opens_the_ports_of_what_went_live_and_closes_none() -> None:
+    found = fleet()
+    conf = rendering.nginx_conf(found.gateways["gw1"], found).decode().splitlines()
+    answers = {
+        "busctl": [*zone("8010/tcp"), *opened("gateway", "8010/tcp")],
+        '&& cat "$1"': conf,
+    }
+    commands = [command for command in run(gateway.live_ports, answers) if "cat" not in command]
+    assert commands == [
+        "firewall-cmd --quiet --permanent --add-port=8009/tcp",
+        "firewall-cmd --quiet --add-port=8009/tcp",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("manager", "missing", "installs"),
+    [("dnf", True, "yum install -y curl"), ("apt", True, "apt-get"), ("dnf", False, None)],
+)
+def test_curl_is_installed_where_it_is_missing(
+    manager: str, missing: bool, installs: str | None
+) -> None:
+    answers = {
+        "command -v": ["yes"] if missing else [],
+        "os-release": [f"manager={manager}"],
+        "rpm -qa": [],
+    }
+    commands = run(gateway.curl, answers)
+    assert any(installs in command for command in commands) if installs else len(commands) == 1
+
+
+@pytest.mark.parametrize(("probe", "status"), [("tls:8443", 1), ("8009", 0)])
+def test_a_host_without_curl_is_told_to_have_it(tmp_path: Path, probe: str, status: int) -> None:
+    text = rendering.shell("handshake.sh") + 'can_ask "$1"'
+    result = subprocess.run(
+        ["/bin/bash", "-uc", text, "x", probe],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == status
+    assert ("curl is missing on this host" in result.stderr) is (status == 1)
 
 
 @pytest.mark.parametrize(

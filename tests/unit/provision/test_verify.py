@@ -1,8 +1,11 @@
-"""What a failed handshake is blamed on."""
+"""What a failed handshake is blamed on, and where one is tried."""
 
 import pytest
 
+from provision import rendering, verify
 from provision.verify import Sighting, descriptors_message, diagnose
+from tests.unit.provision import fleets
+from tests.unit.provision.test_operations import FakeHosts, run
 
 DENIED = (
     "nginx: active",
@@ -78,3 +81,21 @@ def test_fewer_descriptors_than_declared_are_told(has: str, selinux: str, said: 
 
 def test_nothing_is_told_of_descriptors_where_nothing_was_found() -> None:
     assert descriptors_message(["wanted 2000", "selinux absent"]) is None
+
+
+def test_after_a_rollback_the_places_of_what_is_live_are_tried() -> None:
+    certificate = {"tls_certificate": "/c.pem", "tls_certificate_key": "/c.key", "tls_only": True}
+    fleet = fleets.fleet(fleets.gateway(**certificate), fleets.worker())
+    conf = rendering.nginx_conf(fleet.gateways["gw1"], fleet).decode().splitlines()
+    answers = {"can_ask": "HTTP/1.1 101 x", '&& cat "$1"': conf}
+    assert run(verify.handshake, answers, probe=None)[-1].endswith(" handshake tls:8443")
+    assert not any("can_ask" in command for command in run(verify.handshake, {}, probe=None))
+
+
+def test_a_gateway_without_curl_is_told_so(caplog: pytest.LogCaptureFixture) -> None:
+    missing = "curl is missing on this host"
+    hosts = FakeHosts({"h": {"can_ask": {"success": False, "stderr": missing}}})
+    with pytest.raises(Exception, match="hosts"):
+        hosts.run(verify.handshake, probe="tls:8443")
+    assert missing in caplog.text
+    assert "was answered with" not in caplog.text
