@@ -120,6 +120,9 @@ end_installation() {
     if [ -n "$(version_of "$asked")" ] && [ -n "$(find "$record/before.asked" -mtime -1)" ]; then
         note_came "$asked"
     else
+        # But for keys, which nginx_packages.keys_go tells apart by whose they are.
+        names package | LC_ALL=C comm -13 "$record/before.package" - | grep '^gpg-pubkey-' |
+            while IFS= read -r name; do note package "$asked" came-key "$name"; done
         rm -f "$record/packages" "$record"/before.*
     fi
 }

@@ -209,8 +209,9 @@ def _keys_of(found: facts.PackageState) -> Commands:
     """Those that came here by a deploy: the operator may have had others of the same file."""
     if DNF_KEY not in found.files:
         return
+    yield from record.ended()  # dnf takes keys first, and may then refuse the package
     came = host.get_fact(record.Journal).came.values()
-    names = (name for kinds in came for name in kinds.get("package", ()))
+    names = (name for kinds in came for kind in ("package", "key") for name in kinds.get(kind, ()))
     if entries := sorted({name for name in names if name.startswith("gpg-pubkey-")}):
         yield script(_KEYS_GO, DNF_KEY, *entries)
 

@@ -139,11 +139,16 @@ def by_manager(package: str, manager: str) -> Commands:
     yield from installing([package], commands)
 
 
-@operation()
-def installation_ended() -> Commands:
-    """What came with an installation is noted, where a run was cut before it could."""
+def ended() -> Commands:
+    """What came with an installation is noted, where it failed or was cut before it could be."""
     if PENDING in host.get_fact(Paths, paths=(PENDING,)):
         yield _note("ended")
+
+
+@operation()
+def installation_ended() -> Commands:
+    """As `ended`."""
+    yield from ended()
 
 
 @operation()
@@ -199,7 +204,8 @@ class Record:
 
     found: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # kind -> key -> value
     wrote: Mapping[tuple[str, str], frozenset[str]] = field(default_factory=dict)
-    # What an installation brought: the package that was asked for -> package, user, group -> names.
+    # What an installation brought: the package that was asked for -> package, user, group -> names;
+    # or key, where it failed.
     came: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     firewall: Mapping[str, Firewall] = field(default_factory=dict)
 

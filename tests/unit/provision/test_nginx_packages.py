@@ -408,8 +408,20 @@ def test_keys_of_the_repository_go_with_it_and_before_another_key_comes() -> Non
         return [c for c in hosts.run(nginx_packages.keys_go)["h"] if "--show-keys" in c]
 
     assert len(uninstalling(there)) == 1
+    assert len(uninstalling(there, journal.replace("came-package", "came-key"))) == 1
     assert uninstalling(there, "") == []
     assert uninstalling(has(ORG)) == []
+
+
+def test_what_came_with_a_package_that_was_refused_is_noted_before_keys_are_looked_at() -> None:
+    there = has(ORG, file=nginx_packages.DNF_KEY)
+    hosts = FakeHosts({"h": {"os-release": there, "readlink": [record.PENDING]}})
+    hosts.run(nginx_packages.keys_go)
+    (host,) = hosts.state.inventory
+    ran = host.connector.executed_commands
+    noting = next(n for n, c in enumerate(ran) if NOTING in c and c.endswith(" ended"))
+    reading = next(n for n, c in enumerate(ran) if NOTING not in c and record.JOURNAL in c)
+    assert noting < reading
 
 
 def test_keys_go_that_came_here_and_no_others(tmp_path: Path) -> None:

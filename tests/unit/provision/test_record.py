@@ -150,11 +150,13 @@ def test_what_came_with_an_installation_that_was_cut_is_noted_by_the_next_note(
 def test_what_came_after_an_installation_that_failed_is_somebody_elses(host: Host) -> None:
     host.install(BARE)
     host.note("packages", "nginx")
-    host.install(f"{BARE}epel-release\t9-1\n")
+    since = "epel-release\t9-1\ngpg-pubkey\tabc-1\n"
+    host.install(f"{BARE}{since}")
     host.note("packages", "nginx")
-    host.install(f"{NGINX}epel-release\t9-1\n")
+    host.install(f"{NGINX}{since}")
     host.note("came", "nginx")
-    assert host.record().came == {"nginx": {"package": ("nginx", "nginx-core")}}
+    came = host.record().came["nginx"]
+    assert came == {"key": ("gpg-pubkey-abc-1",), "package": ("nginx", "nginx-core")}
 
 
 def test_what_came_in_the_days_after_one_that_was_cut_is_nobody_knows_whose(host: Host) -> None:
