@@ -174,11 +174,14 @@ def certificate(settings: GatewaySettings) -> Commands:
         yield quoted("systemctl", "enable", "--quiet", "--now", TIMER)
 
 
-# systemd disables no unit whose file is gone; one that waits, it stops all the same.
+# systemd disables no unit whose file is gone, and calls a timer failed whose file it finds no more.
 _RETIRE = """
-systemctl disable --quiet --now "$1" 2>/dev/null && exit 0
-rm -f -- "$2/timers.target.wants/$1"
-systemctl stop --quiet "$1"
+if ! systemctl disable --quiet --now "$1" 2>/dev/null; then
+    rm -f -- "$2/timers.target.wants/$1"
+    systemctl stop --quiet "$1" 2>/dev/null
+fi
+systemctl reset-failed "$1" 2>/dev/null
+! systemctl is-active --quiet "$1"
 """
 
 
@@ -190,7 +193,7 @@ def retire() -> Commands:
     configuration that named the certificate.
     """
     timer = host.get_fact(facts.UnitStates, units=(TIMER,)).get(TIMER, facts.UnitState())
-    if timer.enabled or timer.active == "active":
+    if timer.enabled or timer.active != "inactive":
         yield script(_RETIRE, TIMER, UNITS)
 
 

@@ -173,13 +173,18 @@ def test_a_timer_whose_file_went_is_stopped_all_the_same(tmp_path: Path) -> None
     wanted = tmp_path / "timers.target.wants" / acme.TIMER
     wanted.parent.mkdir()
     wanted.symlink_to(tmp_path / acme.TIMER)
-    stand_in = 'systemctl() { echo "$@" >>"$2.told"; [ "$1" != disable ]; }\n'
+    stand_in = (
+        'systemctl() { echo "$@" >>"$2.told"; case $1 in disable | is-active) false ;; esac; }\n'
+    )
     stand_in = stand_in.replace("$2.told", str(tmp_path / "told"))
     subprocess.run(
         ["sh", "-c", stand_in + acme._RETIRE, "sh", acme.TIMER, str(tmp_path)], check=True
     )
     assert not wanted.is_symlink()
-    assert (tmp_path / "told").read_text().splitlines()[-1] == f"stop --quiet {acme.TIMER}"
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told[1:3] == [f"stop --quiet {acme.TIMER}", f"reset-failed {acme.TIMER}"]
+    lost = [f"unit={acme.TIMER}", "ActiveState=failed", "UnitFileState=", "MainPID=0"]
+    assert len(run(acme.retire, {"systemctl show": lost})) == 1
 
 
 def test_nginx_can_start_before_there_is_a_certificate() -> None:
