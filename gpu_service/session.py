@@ -532,9 +532,10 @@ class Session:
         self._timer = self._loop.call_later(delay_s, due)
 
     def _first_ping_in_s(self) -> float:
-        # Clients come together when a worker restarts; their pings shall not for ever after, and
-        # anything less than the whole interval would leave a part of it without any.
-        return random.random() * self._limits.ping_interval_s  # noqa: S311 - spreads load, no secret
+        # Clients come together when a worker restarts; their pings shall not for ever after. Spread
+        # over less than a whole interval, they would leave a part of each without any.
+        spread = random.uniform(0.5, 1.5)  # noqa: S311 - spreads load, no secret
+        return spread * self._limits.ping_interval_s
 
     def _send_ping(self) -> None:
         # Not by the core, nor is the answer read by it: of many clients, most only do this.

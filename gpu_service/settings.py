@@ -138,7 +138,7 @@ class Settings:
     )
     ping_interval_s: float = _setting(
         20.0,
-        "time between pings to each client; the first comes sooner, at random",
+        "time between pings to each client; the first after 0.5 to 1.5 times that, at random",
         unit="s",
         at_least=0.1,
         at_most=3600,

@@ -244,9 +244,11 @@ def test_a_refused_call_comes_back(spawn: Spawn, gate: Path) -> None:
 def test_ctrl_c_ends_the_call_and_the_client_lives(server: Process, gate: Path) -> None:
     # In a process of its own, because a signal here would hit the tests.
     program = (
-        "import sys\n"
+        "import signal, sys\n"
         "from gpu_service.blocking import BlockingClient\n"
         "from tests.service.fakes import WAIT, x_of\n"
+        # Where the tests were started in the background, it is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with BlockingClient(sys.argv[1]) as client:\n"
         "    try:\n"
         "        client.infer(x_of(WAIT), deadline_s=1e6)\n"
