@@ -133,7 +133,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         if own:
             dates = ", ".join(sorted({row["date"] for row in own}))
             machines = "; ".join(sorted({row["machine"] for row in own}))
-            lines = [f"## {title}", "", about, "", f"`{own[0]['command']}`, {dates}, {machines}."]
+            lines = [
+                f"## {title}",
+                "",
+                about,
+                "",
+                f"`python -m bench.{program}`, {dates}, {machines}.",
+            ]
             lines += ["", "| figure | value | bar | |", "|---|---:|---:|---|"]
             parts.append("\n".join([*lines, *map(_line, own)]) + "\n")
     return "\n".join(parts)
