@@ -7,7 +7,7 @@
 #   worker-switch --previous UNIT SETTINGS   SETTINGS and SETTINGS.rollback change places
 #
 # Settings change under a lock alone, so that no run takes another's for what it was before. Within
-# it, SETTINGS.previous is what to come back to; lies it there at the beginning, a run was killed.
+# it, SETTINGS.previous is what to come back to; where it is there at the beginning, a run was killed.
 #
 # Ends with 0 when the worker is ready; else with 1, having said why.
 set -u

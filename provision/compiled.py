@@ -114,8 +114,8 @@ def build() -> Path:
         folder = ROOT / f"{tag(python, machine)}-{digest()}"
         with tempfile.TemporaryDirectory(dir=ROOT, prefix=".partial-") as name:
             _compile(Path(name))
-            _forget_others(folder)
             (Path(name) / "done").rename(folder)
+        _forget_others(folder)
     return folder
 
 
@@ -153,7 +153,8 @@ def _forget_others(folder: Path) -> None:
     """Of the same interpreter, but of other sources."""
     kind, _, _ = folder.name.rpartition("-")
     for other in ROOT.glob(f"{kind}-*"):
-        shutil.rmtree(other)
+        if other != folder:
+            shutil.rmtree(other)
 
 
 def main() -> int:

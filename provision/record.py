@@ -40,7 +40,7 @@ from pyinfra.operations import apt, server, yum
 from typing_extensions import override
 
 from provision import facts, rendering
-from provision.facts import Paths, script
+from provision.facts import script
 from provision.settings import ACME_WEBROOT, SERVICE_STATE
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ def by_manager(package: str, manager: str) -> Commands:
 
 def ended() -> Commands:
     """What came with an installation is noted, where it failed or was cut before it could be."""
-    if PENDING in host.get_fact(Paths, paths=(PENDING,)):
+    if PENDING in host.get_fact(facts.Paths, paths=(PENDING,)):
         yield _note("ended")
 
 

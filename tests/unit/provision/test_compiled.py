@@ -154,3 +154,16 @@ def test_a_failed_compilation_leaves_what_was_there(
     with pytest.raises(CompilingError, match="no such thing"):
         compiled.build()
     assert [path.name for path in compiled.ROOT.iterdir()] == [built.name]
+
+
+def test_what_was_made_of_other_sources_goes_once_its_successor_is_there(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The last test here: what the others look at goes with it.
+    older = built.with_name(built.name.replace(built.name.rpartition("-")[2], "0" * 16))
+    older.mkdir()
+    monkeypatch.setattr(compiled, "digest", lambda: "1" * 16)
+    monkeypatch.setattr(compiled, "_compile", lambda folder: (folder / "done").mkdir())
+    newest = compiled.build()
+    assert newest.name.endswith("1" * 16)
+    assert list(compiled.ROOT.iterdir()) == [newest]
