@@ -6,7 +6,7 @@ proof that clients are served; at last what is no longer declared goes away.
 
 from pyinfra import host, inventory
 
-from provision import preflight
+from provision import foresight, preflight
 from provision.gateway import gateway, install
 from provision.operations import barrier, report
 from provision.verify import verify_gateway, verify_workers
@@ -16,6 +16,8 @@ fleet = preflight.current_fleet(inventory)
 as_gateway = fleet.gateways.get(host.name)
 as_worker = fleet.workers.get(host.name)
 planned = plan(as_worker, fleet) if as_worker else None
+
+foresight.look(name="What the hosts are like")
 
 if as_gateway and as_worker and as_worker.unix_sockets:
     install(as_gateway)  # for its user, who may open the workers' sockets

@@ -10,30 +10,13 @@ from dataclasses import dataclass
 from pyinfra import host
 from pyinfra.api import operation
 
-from provision.facts import script
+from provision import facts
 from provision.nginx_packages import NO_WELCOME
-from provision.operations import Commands, ask, executing
+from provision.operations import Commands, executing
 from provision.settings import UNITS
 
 # Folders whose files nginx, or its unit, takes in by their mere presence.
 _READ = ("/etc/nginx/conf.d", "/etc/nginx/default.d", f"{UNITS}/nginx.service.d")
-
-# $1: the public ports, as a filter of ss; $2: the text of a file that the deploy itself emptied;
-# then folders. After a reload, processes of the former configuration say in their title what they
-# wait for.
-_LOOK = r"""
-sockets=$(ss -tnpH state established "$1" 2>/dev/null)
-for pid in $(pgrep -f '^nginx: worker process is shutting down'); do
-    printf 'process %s\n' "$(printf '%s\n' "$sockets" | grep -c "pid=$pid,")"
-done
-text=$2
-shift 2
-for folder; do
-    for file in "$folder"/*.conf; do
-        [ ! -e "$file" ] || [ "$(cat "$file" 2>/dev/null)" = "$text" ] || printf 'file %s\n' "$file"
-    done
-done
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +43,13 @@ def tell(ports: Iterable[int], managed: Iterable[str], shutdown_timeout_s: int) 
     + managed: paths of the files that the deploy owns
     + shutdown_timeout_s: as declared
     """
-    if executing():
-        listening = " or ".join(f"sport = :{port}" for port in ports)
-        _, output = ask(script(_LOOK, f"( {listening} )", NO_WELCOME, *_READ))
-        seen = Seen.of(output.stdout_lines)
-        for line in messages(seen, managed=managed, shutdown_timeout_s=shutdown_timeout_s):
-            host.log(line)
+    listening = " or ".join(f"sport = :{port}" for port in ports)
+    found = host.get_fact(
+        facts.NginxLeftovers, ports=f"( {listening} )", empty=NO_WELCOME, folders=_READ
+    )
+    lines = messages(Seen.of(found), managed=managed, shutdown_timeout_s=shutdown_timeout_s)
+    for line in lines if executing() else ():
+        host.log(line)
     yield from ()
 
 

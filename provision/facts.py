@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -377,7 +378,9 @@ def _ports_or_rules(answer: str) -> set[str]:
 
 @dataclass(frozen=True)
 class UnitState(_Answer):
-    """A systemd unit as PID 1 sees it; `deployment` is what the *running process* was told."""
+    """A systemd unit as PID 1 sees it; `deployment` is what the *running process* was told, `up_s`
+    for how many seconds it has been active at least, None where it is not.
+    """
 
     active: str = "inactive"
     sub: str = "dead"
@@ -385,6 +388,7 @@ class UnitState(_Answer):
     needs_daemon_reload: bool = False
     main_pid: int = 0
     deployment: str = ""
+    up_s: float | None = None
 
     @property
     def is_up(self) -> bool:
@@ -402,11 +406,16 @@ class UnitStates(FactBase[dict[str, UnitState]]):
     @override
     def command(self, units: Iterable[str]) -> StringCommand:
         return script(
-            'for u; do echo "unit=$u"; systemctl show "$u" '
-            "-p ActiveState -p SubState -p UnitFileState -p NeedDaemonReload -p MainPID; "
-            'pid=$(systemctl show "$u" -p MainPID --value); '
-            '[ "$pid" -gt 0 ] 2>/dev/null && [ -r "/proc/$pid/environ" ] && '
-            "tr '\\0' '\\n' <\"/proc/$pid/environ\" | grep '^GPU_SERVICE_DEPLOYMENT='; done; true",
+            # One call for all: each takes as long as all the rest. Empty lines are between units.
+            "now=$(date +%s); "
+            "TZ=UTC LC_ALL=C systemctl show -p ActiveState -p SubState -p UnitFileState "
+            '-p NeedDaemonReload -p MainPID -p ActiveEnterTimestamp -- "$@" | '
+            '{ echo "unit=$1"; echo "now=$now"; while IFS= read -r line; do case $line in '
+            '"") shift; echo "unit=$1"; echo "now=$now" ;; '
+            'MainPID=*) echo "$line"; environ=/proc/${line#MainPID=}/environ; '
+            "[ ! -r \"$environ\" ] || tr '\\0' '\\n' <\"$environ\" | "
+            "grep '^GPU_SERVICE_DEPLOYMENT=' ;; "
+            '*) echo "$line" ;; esac; done; true; }',
             *units,
         )
 
@@ -436,7 +445,20 @@ def _unit_state(values: dict[str, str]) -> UnitState:
         needs_daemon_reload=values.get("NeedDaemonReload") == "yes",
         main_pid=int(values.get("MainPID", "0") or 0),
         deployment=values.get("GPU_SERVICE_DEPLOYMENT", ""),
+        up_s=_up_s(values),
     )
+
+
+def _up_s(values: dict[str, str]) -> float | None:
+    """Since it became active, by the host's own clock; at least, as both moments are in seconds."""
+    if values.get("ActiveState") not in ("active", "reloading"):
+        return None
+    try:
+        text = values.get("ActiveEnterTimestamp", "")
+        since = datetime.strptime(text, "%a %Y-%m-%d %H:%M:%S UTC").replace(tzinfo=UTC)
+        return max(0.0, int(values.get("now", "")) - since.timestamp() - 1)
+    except ValueError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -808,3 +830,67 @@ class Certificate(FactBase[CertificateState]):
             unresolved=told.get("unresolved", ""),
             chain=int(told.get("chain") or 0),
         )
+
+
+class NginxRoot(FactBase[str]):
+    """How the running nginx has the root file system mounted (`ro,…` in its sandbox, where the
+    whole host is read-only but for a few folders); empty where it does not run.
+    """
+
+    @override
+    def command(self) -> StringCommand:
+        return script(
+            'pid=$(cat /run/nginx.pid 2>/dev/null) && [ -r "/proc/$pid/mountinfo" ] || exit 0; '
+            """awk '$5 == "/" { found = $6 } END { print found }' "/proc/$pid/mountinfo" """
+        )
+
+    @staticmethod
+    @override
+    def default() -> str:
+        return ""
+
+
+class NginxDescriptors(Lines):
+    """The descriptors that nginx.conf wants (`wanted N`), those that each worker process may open
+    (`has N`), and SELinux's mode (`selinux MODE`).
+    """
+
+    @override
+    def command(self) -> StringCommand:
+        return script(
+            "sed -n 's/^ *worker_rlimit_nofile  *\\([0-9]*\\);.*/wanted \\1/p' "
+            "/etc/nginx/nginx.conf 2>/dev/null; "
+            'for pid in $(pgrep -P "$(cat /run/nginx.pid 2>/dev/null)" 2>/dev/null); do '
+            "grep -aq 'shutting down' \"/proc/$pid/cmdline\" || "
+            """awk '/^Max open files/ { print "has", $4 }' "/proc/$pid/limits"; done; """
+            'echo "selinux $(getenforce 2>/dev/null || echo absent)"'
+        )
+
+
+class NginxLeftovers(Lines):
+    """What reloads left behind: `process N` for each nginx process of an earlier configuration,
+    with its number of client sockets; and `file PATH` for each file of `folders` that nginx reads.
+
+    + ports: the public ones, as a filter of ss
+    + empty: the text of a file that the deploy itself emptied, which does not count
+    """
+
+    @override
+    def command(self, ports: str, empty: str, folders: Iterable[str]) -> StringCommand:
+        return script(LEFTOVERS, ports, empty, *folders)
+
+
+# After a reload, processes of the former configuration say in their title what they wait for.
+LEFTOVERS = r"""
+sockets=$(ss -tnpH state established "$1" 2>/dev/null)
+for pid in $(pgrep -f '^nginx: worker process is shutting down'); do
+    printf 'process %s\n' "$(printf '%s\n' "$sockets" | grep -c "pid=$pid,")"
+done
+text=$2
+shift 2
+for folder; do
+    for file in "$folder"/*.conf; do
+        [ ! -e "$file" ] || [ "$(cat "$file" 2>/dev/null)" = "$text" ] || printf 'file %s\n' "$file"
+    done
+done
+"""

@@ -80,5 +80,5 @@ def upload(model: Model) -> Commands:
         ManagedFile(path=f"{partial}/{name}", content=model.source / name) for name in model.files
     ]
     yield quoted("mkdir", "-p", "--", partial)
-    yield from operations.place_files._inner(files=files, check=operations.sha256_check)
+    yield from operations.place_files._inner(files=files, verified=True)
     yield quoted("mv", "-T", "--", partial, model.folder)

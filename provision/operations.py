@@ -37,7 +37,7 @@ from pyinfra.api.host import Host
 from pyinfra.api.state import State, StateStage
 from pyinfra.connectors.util import CommandOutput
 
-from provision import facts, nginx_versions, record, rendering
+from provision import facts, foresight, nginx_versions, record, rendering
 from provision.facts import quoted, script
 from provision.nginx_versions import Version
 from provision.rolling import Rollout
@@ -73,17 +73,18 @@ def each(items: Iterable[Item]) -> Iterator[Item]:
 
 def executing() -> bool:
     """Whether the run is past prepare: only then do earlier operations show on the host."""
-    return bool(state.current_stage == StateStage.Execute)
+    return bool(state.current_stage == StateStage.Execute) and not foresight.rehearsing()
 
 
 def ask(command: StringCommand, *, of: Host | None = None) -> tuple[bool, CommandOutput]:
-    """Run a command now, as the current operation would (sudo and the like), whatever it says.
+    """Run a command that changes nothing now, as the current operation would (sudo and the like),
+    whatever it says.
 
     `of`: another host than the current one.
     """
     arguments: dict[str, Any] = dict(host.current_op_global_arguments or {})
     as_operation = {key: arguments[key] for key in CONNECTOR_ARGUMENT_KEYS if key in arguments}
-    return (of or host).run_shell_command(command, **as_operation)
+    return foresight.ask(of or host, command, **as_operation)
 
 
 def beside(path: str, what: str) -> str:
@@ -115,6 +116,10 @@ class ManagedFile:
         with self.content.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
+    @property
+    def size(self) -> int:
+        return self.content.stat().st_size if isinstance(self.content, Path) else len(self.content)
+
     def upload(self) -> FileUploadCommand | StringCommand:
         """Its bytes into the candidate.
 
@@ -144,49 +149,68 @@ class ManagedFile:
         )
 
 
+# What is uploaded before the next files are: small ones together, a large one alone, so that a run
+# that is cut finds it there.
+_TOGETHER_BYTES = 8 << 20
+
+
 @operation()
-def place_files(
-    files: Iterable[ManagedFile], check: Callable[[ManagedFile], StringCommand] | None = None
-) -> Commands:
+def place_files(files: Iterable[ManagedFile], *, verified: bool = False) -> Commands:
     """Bring files to their declared bytes, mode and owner; each is swapped in by a rename.
 
     + files: what to place; the folders have to exist or are made (root, 755)
-    + check: a command that must succeed on the candidate before it replaces the file
+    + verified: compare what arrived with what was sent, by SHA-256 on the host; what arrived
+      damaged replaces nothing
 
-    A failing check leaves the live file as it was. Only files that differ are uploaded.
+    Only files that differ are uploaded.
     """
     files = list(files)
     found = host.get_fact(facts.FileStates, paths=tuple(f.path for f in files))
     differing = [managed for managed in files if not managed.matches(found.get(managed.path))]
     _show_diffs(differing)
-    for managed in differing:
-        yield from swap_in(managed, check)
+    for together in _by_size(differing):
+        yield from swap_in(*together, verified=verified)
 
 
-def swap_in(
-    managed: ManagedFile, check: Callable[[ManagedFile], StringCommand] | None = None
-) -> Commands:
-    """Put one file in its place by a rename, for an operation that has more to do."""
-    yield from stage(managed)
-    if check is not None:
-        yield check(managed)
-    yield quoted("mv", "-fT", "--", managed.candidate, managed.path)
+def _by_size(files: Iterable[ManagedFile]) -> Iterator[list[ManagedFile]]:
+    together: list[ManagedFile] = []
+    for managed in files:
+        if together and sum(f.size for f in (*together, managed)) > _TOGETHER_BYTES:
+            yield together
+            together = []
+        together.append(managed)
+    if together:
+        yield together
 
 
-def stage(managed: ManagedFile) -> Commands:
-    """Upload the candidate, in its final mode and owner, beside the file."""
-    if not record.is_generated(managed.path):
-        yield record.file(managed.path, managed.sha256)
-    # An empty file of the final mode and owner first: a secret is never readable by others.
+def swap_in(*files: ManagedFile, verified: bool = False) -> Commands:
+    """Put files in their places, each by a rename, for an operation that has more to do."""
+    yield from stage(*files)
+    if verified:
+        yield sha256_check(*files)
     yield script(
-        'mkdir -p "$(dirname "$1")" && rm -f "$1" && '
-        'install -m "$2" -o "$3" -g "$4" /dev/null "$1"',
-        managed.candidate,
-        managed.mode,
-        managed.user,
-        managed.group,
+        'while [ $# -gt 0 ]; do mv -fT -- "$1" "$2" || exit 1; shift 2; done',
+        *(path for managed in files for path in (managed.candidate, managed.path)),
     )
-    yield managed.upload()
+
+
+def stage(*files: ManagedFile) -> Commands:
+    """Upload the candidates, in their final mode and owner, beside the files."""
+    for managed in files:
+        if not record.is_generated(managed.path):
+            yield record.file(managed.path, managed.sha256)
+    # Empty files of the final mode and owner first: a secret is never readable by others.
+    yield script(
+        'while [ $# -gt 0 ]; do mkdir -p "$(dirname "$1")" && rm -f "$1" && '
+        'install -m "$2" -o "$3" -g "$4" /dev/null "$1" || exit 1; shift 4; done',
+        *(
+            word
+            for managed in files
+            for word in (managed.candidate, managed.mode, managed.user, managed.group)
+        ),
+    )
+    for managed in files:
+        yield managed.upload()
 
 
 def _show_diffs(files: Iterable[ManagedFile]) -> None:
@@ -389,14 +413,14 @@ def _rich_rule(address: str, port: int | str) -> str:
     )
 
 
-def sha256_check(managed: ManagedFile) -> StringCommand:
+def sha256_check(*files: ManagedFile) -> StringCommand:
     """Compare what arrived with what was sent, on the host."""
     return script(
-        'found=$(sha256sum <"$1" | cut -d " " -f 1); [ "$found" = "$2" ] && exit 0; '
-        'rm -f "$1"; echo "$1 arrived damaged (SHA-256 $found, expected $2); run again" >&2; '
-        "exit 1",
-        managed.candidate,
-        managed.sha256,
+        'while [ $# -gt 0 ]; do found=$(sha256sum <"$1" | cut -d " " -f 1); '
+        'if [ "$found" != "$2" ]; then rm -f "$1"; '
+        'echo "$1 arrived damaged (SHA-256 $found, expected $2); run again" >&2; exit 1; fi; '
+        "shift 2; done",
+        *(word for managed in files for word in (managed.candidate, managed.sha256)),
     )
 
 
@@ -612,6 +636,11 @@ class WorkerUnit:
     def socket(self) -> str:
         return f"{self.name.removesuffix('.service')}.socket"
 
+    @property
+    def settings_to_switch(self) -> tuple[str, ...]:
+        """What files/worker-switch.sh is told, once the settings are staged."""
+        return self.name, self.settings.path, self.settings.candidate, self.settings.sha256
+
     def runs(self, service: facts.UnitState, socket: facts.UnitState) -> bool:
         """Whether what was declared is what runs, listening on the socket that was declared."""
         as_declared = service.is_up and service.deployment == self.deployment
@@ -637,14 +666,12 @@ def roll_workers(
     workers: Iterable[WorkerUnit],
     rollout: Rollout,
     roll: Roll | None = None,
-    down_only: bool = False,
 ) -> Commands:
     """Workers enabled and running what was declared: switched one after the other.
 
     + workers: in the order in which they are switched
     + rollout: shared by all hosts of the run; host after host, in an order that does not change
     + roll: how much stays up, and which gateways have to see a worker before the next one goes
-    + down_only: only those that do not run, which costs nobody anything: all hosts at once
 
     Each worker's settings file is swapped in with its restart, under the same lock, so one whose
     turn has not come would, crashing, come back as it was. `systemctl restart` drains
@@ -656,33 +683,22 @@ def roll_workers(
     """
     workers = list(workers)
     roll = roll or Roll()
-    units = tuple(unit for worker in workers for unit in (worker.name, worker.socket))
-    found = host.get_fact(facts.UnitStates, units=units)
+    found = _unit_states(workers)
     files = host.get_fact(facts.FileStates, paths=tuple(worker.settings.path for worker in workers))
-    if not down_only:
-        _show_diffs(
-            worker.settings
-            for worker in workers
-            if not worker.settings.matches(files.get(worker.settings.path))
-        )
-    if any(unit.needs_daemon_reload for unit in found.values()):
-        yield quoted("systemctl", "daemon-reload")
+    _show_diffs(
+        worker.settings
+        for worker in workers
+        if not worker.settings.matches(files.get(worker.settings.path))
+    )
+    yield from _units_read(found)
     for worker in workers:
-        service = found.get(worker.name, facts.UnitState())
-        socket = found.get(worker.socket, facts.UnitState())
-        if executing():
-            rollout.note(worker.worker, weight=worker.weight if service.is_up else 0)
-        if service.is_up and down_only:
-            continue
+        service, socket = found[worker.name], found[worker.socket]
+        _noted(worker, service, rollout)
         in_place = worker.settings.matches(files.get(worker.settings.path))
-        if not service.enabled:
-            yield quoted("systemctl", "enable", "--quiet", worker.name)
-        if socket.enabled != worker.keeps_socket:
-            verb = "enable" if worker.keeps_socket else "disable"
-            yield quoted("systemctl", verb, "--quiet", worker.socket)
+        yield from _enabled(worker, service, socket)
         if worker.runs(service, socket) and in_place:
             continue
-        if executing() and not down_only:
+        if executing():
             reason = _reason_to_wait(worker, service, socket, rollout, roll)
             if reason:
                 rollout.begin(f"{worker.name} on {host.name}")
@@ -692,18 +708,66 @@ def roll_workers(
             yield from swap_in(worker.settings)  # only the file had drifted
             continue
         yield from stage(worker.settings)
-        # Never ends if the restart fails, since the generator is not resumed then.
-        if executing():
-            rollout.begin(f"{worker.name} on {host.name}")
-        settings = worker.settings
-        yield _switch_worker(worker.name, settings.path, settings.candidate, settings.sha256)
-        if executing():
-            rollout.end(
-                f"{worker.name} on {host.name}",
-                worker=worker.worker,
-                weight=worker.weight,
-                now=time.monotonic(),
-            )
+        yield from _switched([worker], rollout)
+
+
+@operation()
+def start_workers(workers: Iterable[WorkerUnit], rollout: Rollout) -> Commands:
+    """Workers that do not run, enabled and running what was declared: all at once, on all hosts,
+    since that costs nobody anything.
+
+    + workers, rollout: as for `roll_workers`
+    """
+    workers = list(workers)
+    found = _unit_states(workers)
+    for worker in workers:
+        _noted(worker, found[worker.name], rollout)
+    down = [worker for worker in workers if not found[worker.name].is_up]
+    if not down:
+        return
+    yield from _units_read(found)
+    for worker in down:
+        yield from _enabled(worker, found[worker.name], found[worker.socket])
+    yield from stage(*(worker.settings for worker in down))
+    yield from _switched(down, rollout)
+
+
+def _unit_states(workers: Iterable[WorkerUnit]) -> dict[str, facts.UnitState]:
+    units = tuple(unit for worker in workers for unit in (worker.name, worker.socket))
+    found = host.get_fact(facts.UnitStates, units=units)
+    return {unit: found.get(unit, facts.UnitState()) for unit in units}
+
+
+def _units_read(found: Mapping[str, facts.UnitState]) -> Commands:
+    if any(unit.needs_daemon_reload for unit in found.values()):
+        yield quoted("systemctl", "daemon-reload")
+
+
+def _noted(worker: WorkerUnit, service: facts.UnitState, rollout: Rollout) -> None:
+    if executing():
+        weight = worker.weight if service.is_up else 0
+        rollout.note(worker.worker, weight=weight, up_s=service.up_s, now=time.monotonic())
+
+
+def _enabled(worker: WorkerUnit, service: facts.UnitState, socket: facts.UnitState) -> Commands:
+    if not service.enabled:
+        yield quoted("systemctl", "enable", "--quiet", worker.name)
+    if socket.enabled != worker.keeps_socket:
+        verb = "enable" if worker.keeps_socket else "disable"
+        yield quoted("systemctl", verb, "--quiet", worker.socket)
+
+
+def _switched(workers: list[WorkerUnit], rollout: Rollout) -> Commands:
+    """Those whose settings are staged run them. Never ends if that fails, since the generator is
+    not resumed then.
+    """
+    what = f"{', '.join(worker.name for worker in workers)} on {host.name}"
+    if executing():
+        rollout.begin(what)
+    yield _switch_workers(worker.settings_to_switch for worker in workers)
+    if executing():
+        now = time.monotonic()
+        rollout.end(what, {worker.worker: worker.weight for worker in workers}, now=now)
 
 
 def _reason_to_wait(
@@ -760,6 +824,30 @@ def _switch_worker(*arguments: str) -> StringCommand:
     return quoted("bash", "-c", rendering.shell("worker-switch.sh"), "worker-switch", *arguments)
 
 
+# $1: worker-switch; then four words for each worker.
+_SWITCH_ALL = """
+text=$1 failed=
+shift
+while [ $# -gt 0 ]; do
+    bash -c "$text" worker-switch "$1" "$2" "$3" "$4" &
+    switching="$switching $!"
+    shift 4
+done
+for process in $switching; do wait "$process" || failed=yes; done
+[ -z "$failed" ]
+"""
+
+
+def _switch_workers(settings: Iterable[tuple[str, ...]]) -> StringCommand:
+    """Workers switched at the same time, each as if alone."""
+    each = list(settings)
+    if len(each) == 1:
+        return _switch_worker(*each[0])
+    words = (word for arguments in each for word in arguments)
+    text = rendering.shell("worker-switch.sh")
+    return quoted("bash", "-c", _SWITCH_ALL, "worker-switches", text, *words)
+
+
 @operation(is_idempotent=False)
 def previous_workers(units: Mapping[str, str], rollout: Rollout, roll: Roll) -> Commands:
     """Each worker back to what it ran before its last change, one after the other.
@@ -767,6 +855,12 @@ def previous_workers(units: Mapping[str, str], rollout: Rollout, roll: Roll) -> 
     + units: unit -> path of its settings file
     + rollout, roll: as for `roll_workers`
     """
+    found = host.get_fact(facts.UnitStates, units=tuple(units))
+    workers = {u: f"{host.name}:{u.partition('@')[2].removesuffix('.service')}" for u in units}
+    if executing():
+        for unit, state_of in found.items():
+            now = time.monotonic()
+            rollout.note(workers[unit], weight=int(state_of.is_up), up_s=state_of.up_s, now=now)
     for unit, settings in units.items():
         if executing():
             if rollout.failed_on:
@@ -776,13 +870,7 @@ def previous_workers(units: Mapping[str, str], rollout: Rollout, roll: Roll) -> 
             rollout.begin(f"{unit} on {host.name}")
         yield _switch_worker("--previous", unit, settings)
         if executing():
-            port = unit.partition("@")[2].removesuffix(".service")
-            rollout.end(
-                f"{unit} on {host.name}",
-                worker=f"{host.name}:{port}",
-                weight=1,
-                now=time.monotonic(),
-            )
+            rollout.end(f"{unit} on {host.name}", {workers[unit]: 1}, now=time.monotonic())
 
 
 @operation()

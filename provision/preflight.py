@@ -63,6 +63,10 @@ FOREIGN_KEYS = (
     | {ROLLBACK, TRAIN, KEEP}
 )
 
+# A fleet whose templates were rendered without a fault: the inventory is checked when it is read,
+# and once more with the deploy.
+_rendered: list[Fleet] = []
+
 # Inventory files that are being read now: reading one executes it again.
 _being_read: set[str] = set()
 
@@ -350,8 +354,11 @@ def bundle_folder(model: str) -> Path:
 
 
 def _template_problems(fleet: Fleet) -> list[str]:
+    if fleet in _rendered:
+        return []
     try:
         rendering.check_all(fleet)
     except rendering.RenderError as error:
         return [str(error)]
+    _rendered.append(fleet)
     return []

@@ -23,9 +23,17 @@ class Rollout:
         self._up: dict[str, int] = {}
         self._unseen: dict[str, float] = {}
 
-    def note(self, worker: str, *, weight: int) -> None:
-        """What was found: it is up with this share of the capacity; 0 is down, or a backup."""
+    def note(
+        self, worker: str, *, weight: int, up_s: float | None = None, now: float = 0.0
+    ) -> None:
+        """What was found: it is up with this share of the capacity; 0 is down, or a backup.
+
+        `up_s`: for how many seconds, where that is known. One that came up just now (a run that
+        was cut may have restarted it) counts as not seen yet, as after `end`.
+        """
         self._up[worker] = weight
+        if up_s is not None:
+            self._unseen.setdefault(worker, now - up_s)
 
     def lose(self, worker: str) -> None:
         """Its host failed in this run: if nobody looked at it before, it counts as down."""
@@ -40,11 +48,11 @@ class Rollout:
         """It is taken down. What never comes to `end` has failed."""
         self._under_way.append(what)
 
-    def end(self, what: str, *, worker: str, weight: int, now: float) -> None:
-        """It is ready again; the gateways may not know yet."""
+    def end(self, what: str, weights: Mapping[str, int], *, now: float) -> None:
+        """Its workers are ready again, with these weights; the gateways may not know yet."""
         self._under_way.remove(what)
-        self._up[worker] = weight
-        self._unseen[worker] = now
+        self._up |= weights
+        self._unseen |= dict.fromkeys(weights, now)
 
     def unseen(self, *, fail_timeout_s: float, now: float) -> tuple[list[str], float]:
         """Workers that a gateway may still leave out, and for how many seconds at most."""

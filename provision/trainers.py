@@ -205,6 +205,7 @@ def _data() -> Data:
 def trainer(settings: TrainerSettings, fleet: Fleet, planned: Plan) -> None:
     """Bring one trainer to the state from which a run can start."""
     workers.install(settings, planned.environment, planned.release)
+    workers.compile_environment(name="All of it is compiled", environment=planned.environment)
     operations.directories(
         name="Folders of the training",
         paths={
@@ -242,7 +243,7 @@ def install_data(data: Data, python: str) -> Commands:
     if data.folder in host.get_fact(facts.Paths, paths=(data.folder,)):
         return
     lock = ManagedFile(path=f"{OPT}/data/wheels/requirements.lock", content=data.lock)
-    yield from operations.place_files._inner(files=data.wheels, check=operations.sha256_check)
+    yield from operations.place_files._inner(files=data.wheels, verified=True)
     yield from operations.place_files._inner(files=[lock])
     yield script(
         'export PIP_CONFIG_FILE=/dev/null PIP_DISABLE_PIP_VERSION_CHECK=1; rm -rf "$2" && '

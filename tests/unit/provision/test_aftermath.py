@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from provision.aftermath import _LOOK, Seen, messages
+from provision.aftermath import Seen, messages
+from provision.facts import LEFTOVERS
 from provision.nginx_packages import NO_WELCOME
 
 MANAGED = ("/etc/systemd/system/nginx.service.d/gateway.conf",)
@@ -47,7 +48,7 @@ def test_a_file_that_the_deploy_emptied_is_nobody_elses(tmp_path: Path) -> None:
     (tmp_path / "more.conf").write_text(f"{NO_WELCOME}\nserver {{ listen 81; }}\n")
     stand_ins = "ss() { :; }; pgrep() { :; }\n"
     looked = subprocess.run(
-        ["sh", "-c", stand_ins + _LOOK, "sh", "( sport = :8009 )", NO_WELCOME, str(tmp_path)],
+        ["sh", "-c", stand_ins + LEFTOVERS, "sh", "( sport = :8009 )", NO_WELCOME, str(tmp_path)],
         capture_output=True,
         text=True,
         check=True,

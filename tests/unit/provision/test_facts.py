@@ -67,6 +67,8 @@ def test_unit_states_tell_what_the_process_was_started_with() -> None:
     found = facts.UnitStates().process(
         [
             "unit=gpu-worker@9005.service",
+            "now=1795901501",
+            "ActiveEnterTimestamp=Sat 2026-11-28 21:31:30 UTC",
             "MainPID=812",
             "ActiveState=active",
             "SubState=running",
@@ -74,6 +76,8 @@ def test_unit_states_tell_what_the_process_was_started_with() -> None:
             "NeedDaemonReload=yes",
             "GPU_SERVICE_DEPLOYMENT=abc",
             "unit=gpu-worker@9006.service",
+            "now=1795901501",
+            "ActiveEnterTimestamp=Sat 2026-11-28 21:31:30 UTC",
             "MainPID=0",
             "ActiveState=failed",
             "SubState=failed",
@@ -88,9 +92,11 @@ def test_unit_states_tell_what_the_process_was_started_with() -> None:
         needs_daemon_reload=True,
         main_pid=812,
         deployment="abc",
+        up_s=10.0,
     )
     assert found["gpu-worker@9006.service"].active == "failed"
     assert found["gpu-worker@9006.service"].deployment == ""
+    assert found["gpu-worker@9006.service"].up_s is None
 
 
 def test_hardware_counts_gpus_that_the_driver_serves() -> None:

@@ -20,7 +20,7 @@ BEFORE: dict[str, Any] = {
     "nginx-activate": [],
     "os-release": INSTALLED,
     "busctl": [*zone("8009/tcp", "8443/tcp"), *opened("gateway", "8009/tcp", "8443/tcp")],
-    'systemctl show "$u" -p ActiveState': unit_answer(acme.TIMER),
+    "systemctl show -p ActiveState": unit_answer(acme.TIMER),
     **TOLD,
 }
 

@@ -172,7 +172,7 @@ def test_nginx_orgs_packages_come_from_its_repository_alone_and_replace_the_spli
         nginx_source="nginx.org",
         nginx_version="1.26",
     )
-    placed = [command.split()[-1] for command in done if command.startswith("mv -fT")]
+    placed = [command.split()[-1] for command in done if "mv -fT" in command]
     welcome = nginx_packages.WELCOME
     assert placed == [nginx_packages.DNF_KEY, nginx_packages.DNF_REPOSITORY, welcome]
     done = done[: done.index("dnf -y -q swap nginx-core nginx-1:1.26.3-1.el9.ngx") + 1]
@@ -227,7 +227,7 @@ def test_apt_takes_debians_packages_of_one_version() -> None:
 
 def test_apt_takes_nginx_orgs_package_from_its_repository() -> None:
     done = commands(has(**DEBIAN), MADISON, nginx_source="nginx.org")
-    placed = [command.split()[-1] for command in done if command.startswith("mv -fT")]
+    placed = [command.split()[-1] for command in done if "mv -fT" in command]
     welcome = nginx_packages.WELCOME
     assert placed == [nginx_packages.APT_KEY, nginx_packages.APT_REPOSITORY, welcome]
     installing = f"{nginx_packages.APT_POLICY} 'nginx=1.26.3-1~bookworm'"

@@ -99,12 +99,13 @@ def test_a_file_that_is_right_is_left_alone() -> None:
 
 
 def test_a_file_that_differs_is_staged_checked_and_swapped_in_that_order() -> None:
-    commands = run(operations.place_files, {}, files=[FILE], check=operations.sha256_check)
+    commands = run(operations.place_files, {}, files=[FILE], verified=True)
     staged, checked, swapped = commands  # the upload itself goes by SFTP
     assert "install -m" in staged
     assert "/etc/nginx/.nginx.conf.candidate" in staged
     assert "sha256sum" in checked
-    assert swapped == "mv -fT -- /etc/nginx/.nginx.conf.candidate /etc/nginx/nginx.conf"
+    assert "mv -fT" in swapped
+    assert swapped.endswith("/etc/nginx/.nginx.conf.candidate /etc/nginx/nginx.conf")
 
 
 def test_a_secret_never_lies_anywhere_but_in_its_candidate(tmp_path: Path) -> None:
@@ -332,10 +333,12 @@ def is_staged(command: str, worker: WorkerUnit) -> bool:
 ROLL_OF_THREE = Roll(min_up=0.5, capacity={"": {"h:9005": 1, "@fake/i:9005": 1, "@fake/j:9005": 1}})
 
 
-def roll(script: Answers, *workers: WorkerUnit, down_only: bool = False) -> list[str]:
-    return run(
-        operations.roll_workers, script, workers=workers, rollout=Rollout(), down_only=down_only
-    )
+def roll(script: Answers, *workers: WorkerUnit) -> list[str]:
+    return run(operations.roll_workers, script, workers=workers, rollout=Rollout())
+
+
+def start(script: Answers, *workers: WorkerUnit) -> list[str]:
+    return run(operations.start_workers, script, workers=workers, rollout=Rollout())
 
 
 def test_workers_that_run_what_was_declared_are_not_restarted() -> None:
@@ -358,15 +361,55 @@ def test_a_worker_that_reloads_its_models_is_up() -> None:
     right = answers(unit_answer(A.name, active="reloading"))
     assert roll(right, A) == []
     stale = answers(unit_answer(A.name, active="reloading", deployment="d0"))
-    assert roll(stale, A, down_only=True) == []
+    assert start(stale, A) == []
     assert is_switch(roll(stale, A)[-1], A)
 
 
 def test_those_that_are_down_are_started_first_and_no_other_is_touched() -> None:
     script = answers(unit_answer(A.name, deployment="d0"), unit_answer(B.name, active="failed"))
-    staged, switched = roll(script, A, B, down_only=True)
+    staged, switched = start(script, A, B)
     assert is_staged(staged, B)
     assert is_switch(switched, B)
+
+
+def test_all_that_are_down_are_started_at_once() -> None:
+    script = answers(unit_answer(A.name, active="failed"), unit_answer(B.name, active="failed"))
+    staged, switched = start(script, A, B)
+    assert is_staged(staged, A)
+    assert is_staged(staged, B)
+    assert switched.endswith(" ".join((*A.settings_to_switch, *B.settings_to_switch)))
+
+
+@pytest.mark.parametrize(("fails", "expected"), [("none", 0), ("b", 1), ("a", 1)])
+def test_workers_that_are_switched_at_once_fail_where_one_does(
+    fails: str, expected: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = f'echo "$@" >>{tmp_path}/"$1"; [ "$1" != {fails} ]'
+    monkeypatch.setattr(operations.rendering, "shell", lambda _: text)
+    command = operations._switch_workers([("a", "1", "2", "3"), ("b", "4", "5", "6 7")])
+    assert subprocess.run(command.get_raw_value(), shell=True).returncode == expected
+    assert (tmp_path / "a").read_text() == "a 1 2 3\n"
+    assert (tmp_path / "b").read_text() == "b 4 5 6 7\n"
+
+
+def test_small_files_go_together_and_a_large_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that was cut finds the large one there."""
+    monkeypatch.setattr(operations, "_TOGETHER_BYTES", 10)
+    files = [ManagedFile(path=f"/f/{n}", content=b"x" * n) for n in (4, 6, 1, 11, 3, 2)]
+    groups = [[len(f.content) for f in group] for group in operations._by_size(files)]
+    assert groups == [[4, 6], [1], [11], [3, 2]]
+
+
+def test_what_arrives_damaged_replaces_nothing(tmp_path: Path) -> None:
+    good, bad = (ManagedFile(path=f"{tmp_path}/{n}", content=n.encode()) for n in ("good", "bad"))
+    Path(good.candidate).write_bytes(b"good")
+    Path(bad.candidate).write_bytes(b"half")
+    check = operations.sha256_check(good, bad).get_raw_value()
+    result = subprocess.run(check, shell=True, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"{bad.candidate} arrived damaged" in result.stderr
+    assert not Path(bad.candidate).exists()
+    assert Path(good.candidate).exists()
 
 
 def test_a_worker_stays_up_where_too_few_others_are() -> None:

@@ -67,7 +67,7 @@ def test_one_that_restarted_counts_again_and_one_that_did_not_come_back_ends_it(
     found = rollout(b1=0)
     found.begin("the unit of b:1")
     assert found.failed_on == "the unit of b:1"
-    found.end("the unit of b:1", worker="b:1", weight=1, now=0.0)
+    found.end("the unit of b:1", {"b:1": 1}, now=0.0)
     assert found.failed_on is None
     assert found.refusal("a:1", min_up=0.9, capacity=FOUR) is None
 
@@ -75,8 +75,26 @@ def test_one_that_restarted_counts_again_and_one_that_did_not_come_back_ends_it(
 def test_gateways_are_waited_for_until_nginx_tries_by_itself() -> None:
     found = rollout()
     found.begin("x")
-    found.end("x", worker="a:1", weight=1, now=100.0)
+    found.end("x", {"a:1": 1}, now=100.0)
     assert found.unseen(fail_timeout_s=5, now=101.0) == (["a:1"], 5.5)
     assert found.unseen(fail_timeout_s=5, now=106.5) == ([], 0.0)
     found.all_seen()
     assert found.unseen(fail_timeout_s=5, now=101.0) == ([], 0.0)
+
+
+def test_one_that_came_up_just_before_is_waited_for_too() -> None:
+    """A run that was cut may have restarted it."""
+    found = Rollout()
+    found.note("a:1", weight=1, up_s=3.0, now=100.0)
+    found.note("a:2", weight=1, up_s=3600.0, now=100.0)
+    found.note("b:1", weight=0, now=100.0)
+    assert found.unseen(fail_timeout_s=5, now=100.0) == (["a:1"], 3.5)
+    assert found.unseen(fail_timeout_s=5, now=103.5) == ([], 0.0)
+
+
+def test_its_own_restart_counts_and_not_how_it_was_found() -> None:
+    found = Rollout()
+    found.begin("x")
+    found.end("x", {"a:1": 1}, now=100.0)
+    found.note("a:1", weight=1, up_s=3600.0, now=100.0)
+    assert found.unseen(fail_timeout_s=5, now=101.0) == (["a:1"], 5.5)

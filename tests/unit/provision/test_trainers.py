@@ -46,12 +46,12 @@ def planned(hardware: Hardware = CPU_HOST) -> trainers.Plan:
         environment=Environment(
             python="/usr/bin/python3.11",
             digest="env",
-            offline=True,
+            installer=None,
             wheels=(),
             requirements=b"",
             pip_conf=None,
         ),
-        release=Release(archive=b"", digest="rel"),
+        release=Release(content=b"", digest="rel"),
         data=trainers.Data(wheels=(), lock=b"", digest="dat"),
     )
 

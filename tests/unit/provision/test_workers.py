@@ -38,7 +38,9 @@ def on_gpu1(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A host in context, as deploy code has; and a wheelhouse of each build."""
 
     def find(target: Target) -> Wheelhouse:
-        return Wheelhouse(folder=Path("/nonexistent"), lock=f"{target.folder.name}\n")
+        nowhere = Path("/nonexistent")
+        lock = f"{target.folder.name}\n"
+        return Wheelhouse(folder=nowhere, lock=lock, installer=nowhere / "uv.whl")
 
     monkeypatch.setattr(wheelhouse, "find", find)
     state = State(Inventory((["gpu1"], {})), Config())
@@ -107,7 +109,7 @@ def unit_of(data: dict[str, Any], hardware: Hardware = CPU_HOST) -> list[WorkerU
     planned = workers.Plan(
         hardware=hardware,
         environment=workers.choose_environment(host, hardware),
-        release=workers.Release(archive=b"", digest="cafe"),
+        release=workers.Release(content=b"", digest="cafe"),
         models={"": MODEL},
     )
     templates = workers.unit_files(host, found, planned)
@@ -120,7 +122,7 @@ def units_text(**data: Any) -> tuple[str, str]:
     planned = workers.Plan(
         hardware=CPU_HOST,
         environment=workers.choose_environment(found.workers["gpu1"], CPU_HOST),
-        release=workers.Release(archive=b"", digest="cafe"),
+        release=workers.Release(content=b"", digest="cafe"),
         models={"": MODEL},
     )
     service, socket = (
@@ -300,7 +302,7 @@ def test_own_packages_from_an_index_are_part_of_what_names_the_environment(wheel
     wheel.write_bytes(b"second")
     digests = {plain.digest, own.digest, chosen(str(wheel), "left==1.0").digest}
     assert len(digests) == 3
-    assert not own.offline
+    assert own.installer is None
 
 
 def test_any_change_of_what_a_worker_is_made_of_changes_its_deployment() -> None:
