@@ -422,7 +422,8 @@ uv=$(echo "$wheels"/.installer/uv-*.data/scripts/uv)
 chmod 700 "$uv" || exit 1
 shift 3
 "$uv" pip install --quiet --python "$python" --no-index --find-links "$wheels" \
-    --require-hashes "$@" && "$uv" pip check --quiet --python "$python"
+    --require-hashes "$@" && "$uv" pip check --quiet --python "$python" || exit 1
+rm -f "${python%/bin/python}/.lock"  # anybody may write to it
 """
 
 
