@@ -12,6 +12,9 @@ ifdef TORCH_INDEX
 export PIP_EXTRA_INDEX_URL := $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX)
 endif
 
+# Hundreds of processes are started from here: none has to compile its modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup deploy drift down model wheelhouse test test-unit bench bench-deploy fuzz bench-peers lint docs lock clean
 

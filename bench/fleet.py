@@ -44,6 +44,11 @@ class Outcome:
     seconds: float
 
 
+def shell() -> dict[str, str]:
+    """The environment, with modules compiled once as on an operator's machine, not at each start."""
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
     """The lab's hosts, and how they are deployed to: from this checkout, or from a copy of it."""
@@ -68,7 +73,7 @@ class Hosts:
 
     @property
     def environment(self) -> dict[str, str]:
-        return {**os.environ, "GATEWAY_LAB": self.lab, "PYINFRA_PROGRESS": "off"}
+        return {**shell(), "GATEWAY_LAB": self.lab, "PYINFRA_PROGRESS": "off"}
 
     def run(
         self, *arguments: str, checkout: Path = CHECKOUT, deploy: str = "deploy.py", **data: Any

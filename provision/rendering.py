@@ -173,22 +173,23 @@ def nginx_unit(gateway: GatewaySettings, fleet: Fleet, cores: int = 1) -> bytes:
 
 def check_all(fleet: Fleet) -> None:
     """Render everything that the deploy would render, so that a fault shows before it begins."""
+    ping_interval_s = max(
+        (
+            found.settings.service_option("ping_interval_s")
+            for worker in fleet.workers.values()
+            for found in fleet.assignments(worker)
+        ),
+        default=0,
+    )
+    passed = set()  # most versions, and most gateways, get the same
     for name, gateway in fleet.gateways.items():
         for version in _versions(gateway):
-            _lint(
-                name,
-                nginx_conf(gateway, fleet, version=version).decode(),
-                unit=nginx_unit(gateway, fleet).decode(),
-                hardened=gateway.profile == "hardened",
-                ping_interval_s=max(
-                    (
-                        found.settings.service_option("ping_interval_s")
-                        for worker in fleet.workers.values()
-                        for found in fleet.assignments(worker)
-                    ),
-                    default=0,
-                ),
-            )
+            text = nginx_conf(gateway, fleet, version=version).decode()
+            unit = nginx_unit(gateway, fleet).decode()
+            hardened = gateway.profile == "hardened"
+            if (text, unit, hardened) not in passed:
+                _lint(name, text, unit=unit, hardened=hardened, ping_interval_s=ping_interval_s)
+                passed.add((text, unit, hardened))
     for worker in fleet.workers.values():
         values = {**unit_placeholders(), **unit_values(worker, fleet)}
         render("gpu-worker@.service.j2", **values)

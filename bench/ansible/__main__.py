@@ -103,7 +103,7 @@ class Playbook:
         inventory, variables = self._write()
         command = [str(_BIN / "ansible-playbook"), "-i", str(inventory), "-e", f"@{variables}"]
         environ = {
-            **os.environ,
+            **fleet.shell(),
             "ANSIBLE_CONFIG": str(_HERE / "ansible.cfg"),
             "ANSIBLE_COLLECTIONS_PATH": str(_ROOT / "collections"),
             "LC_ALL": "C.UTF-8",
