@@ -45,7 +45,7 @@ class Outcome:
 
 
 def shell() -> dict[str, str]:
-    """The environment, with modules compiled once as on an operator's machine, not at each start."""
+    """The environment; modules are compiled once, as on an operator's machine."""
     return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
 
 
