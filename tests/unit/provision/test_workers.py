@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ from gpu_service import settings as service_settings
 from provision import wheelhouse, workers
 from provision.facts import Hardware
 from provision.models import Model
-from provision.operations import WorkerUnit
+from provision.operations import ManagedFile, WorkerUnit
 from provision.settings import Assignment, WorkerSettings
 from provision.wheelhouse import Target, Wheelhouse
 from tests.unit.provision.fleets import fleet, gateway, worker
@@ -358,3 +359,58 @@ def test_a_wheelhouse_of_other_requirements_is_refused(
     (target.folder / wheelhouse.LOCK).write_text("# from requirements/service.txt 0000\n")
     with pytest.raises(wheelhouse.WheelhouseError, match="other requirements"):
         wheelhouse.find(target)
+
+
+def test_a_wheelhouse_without_what_installs_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(wheelhouse, "ROOT", tmp_path)
+    target = Target(build="cpu", python="3.11", machine="x86_64")
+    target.folder.mkdir()
+    (target.folder / wheelhouse.LOCK).write_text(wheelhouse._stamp(wheelhouse.REQUIREMENTS))
+    with pytest.raises(wheelhouse.WheelhouseError, match=r"installer\.txt.*wheelhouse build"):
+        wheelhouse.find(target)
+    installer = tmp_path / "installer-x86_64"
+    installer.mkdir()
+    (installer / "uv-0-py3-none-any.whl").touch()
+    lock = installer / wheelhouse.LOCK
+    lock.write_text("# from requirements/installer.txt 0000\n")
+    with pytest.raises(wheelhouse.WheelhouseError, match=r"installer\.txt"):
+        wheelhouse.find(target)
+    lock.write_text(wheelhouse._stamp(wheelhouse.INSTALLER_REQUIREMENTS))
+    assert wheelhouse.find(target).installer == installer / "uv-0-py3-none-any.whl"
+
+
+def test_an_environment_from_wheels_asks_no_index_and_one_from_an_index_asks_pip() -> None:
+    offline = workers.choose_environment(settings(), CPU_HOST)
+    assert offline.installer is not None
+    commands = run(workers.install_environment, {}, environment=_without_files(offline))
+    made, installed = (c for c in commands if "-m venv" in c or "pip install" in c)
+    assert "--without-pip" in made
+    assert "--no-index" in installed
+    assert "UV_OFFLINE=1" in installed
+    online = workers.choose_environment(settings(packages_from="index"), CPU_HOST)
+    made, installed = (
+        c
+        for c in run(workers.install_environment, {}, environment=online)
+        if "-m venv" in c or "pip install" in c
+    )
+    assert "--without-pip" not in made
+    assert "UV_" not in installed
+    assert "-m pip install" in installed
+
+
+def _without_files(environment: workers.Environment) -> workers.Environment:
+    """Wheels that are nowhere, as bytes."""
+    installer = ManagedFile(path="/opt/gpu-service/wheels/uv.whl", content=b"")
+    return dataclasses.replace(environment, wheels=(), installer=installer)
+
+
+def test_training_compiles_what_serving_leaves_out_once() -> None:
+    environment = workers.choose_environment(settings(packages_from="index"), CPU_HOST)
+    (command,) = run(workers.compile_environment, {}, environment=environment)
+    assert "sympy" not in command
+    assert command.endswith(f"{environment.folder}/.compiled")
+    there = {"readlink": f"{environment.folder}/.compiled"}
+    assert run(workers.compile_environment, there, environment=environment) == []
