@@ -8,22 +8,20 @@ was not foreseen, facts are asked as they always are. So an operation never sees
 before a change of this run, and what is foreseen decides how fast a run is, not what it does.
 
 How it is known what will be asked: the operations themselves say so. Each is run up to its first
-command, with a fact's default where its answer is not there yet; what all of them lack is asked in
-one script, and again until nothing is lacking. That takes as many round trips as facts depend on
-facts.
+command or to the first fact whose answer is not there yet; what all of them lack is asked in one
+script, and again until nothing is lacking. That takes as many round trips as facts depend on facts.
 """
 
 from __future__ import annotations
 
-import contextlib
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyinfra import host, logger
-from pyinfra.api import FactBase, StringCommand, operation
+from pyinfra.api import StringCommand, operation
 from pyinfra.connectors.util import CommandOutput, OutputLine
 from pyinfra.context import ctx_host
 
@@ -47,8 +45,8 @@ class Question(NamedTuple):
 
 
 class _UnknownError(BaseException):
-    """Something is asked in a rehearsal that is not known yet, or must not happen in one. No
-    `except Exception` on the way may take it for a failure.
+    """Ends the rehearsal of an operation: it asks what is not known yet. No `except Exception` on
+    the way may take it for a failure.
     """
 
 
@@ -61,7 +59,7 @@ def rehearsing() -> bool:
 
 
 def stop_if_rehearsing() -> None:
-    """Before what must not happen in a rehearsal, which ends there: all that it asked is known."""
+    """Before what must not happen in a rehearsal, which ends there."""
     if _rehearsing:
         raise _UnknownError
 
@@ -83,7 +81,6 @@ class Foresight:
         self._asking = 0
         self._answers: dict[Question, CommandOutput] = {}
         self._lacking: dict[Question, tuple[StringCommand, Mapping[str, Any]]] = {}
-        self._is_lacking = False  # the operation that is rehearsed asked something of these
         self._in_vain: set[Question] = set()  # what failed once is asked by its operation itself
         self._since = clock()
         of.get_fact = self.get_fact  # type: ignore[method-assign]
@@ -96,11 +93,6 @@ class Foresight:
         self._asking += 1
         try:
             return self._get_fact(*args, **kwargs)
-        except _UnknownError:
-            fact = args[0] if args else None
-            if self._asking > 1 or not (isinstance(fact, type) and issubclass(fact, FactBase)):
-                raise
-            return fact().default()  # goes on, to see what else it will ask
         finally:
             self._asking -= 1
 
@@ -125,7 +117,6 @@ class Foresight:
         if question in self._answers:
             return True, self._answers[question]
         if _rehearsing:
-            self._is_lacking = True
             if question not in self._in_vain:
                 self._lacking[question] = command, manner
             raise _UnknownError
@@ -137,7 +128,7 @@ class Foresight:
         self._answers.clear()
         return self._put_file(*args, **kwargs)
 
-    def look(self, operations: Iterable[Callable[[], Generator[Any]]]) -> int:
+    def look(self, operations: Iterable[Callable[[], Iterator[Any]]]) -> int:
         """Ask all that these operations will, as far as they would go without a change; how many
         round trips it took.
 
@@ -155,26 +146,17 @@ class Foresight:
         return trips
 
     def _rehearsed(
-        self, operations: Iterable[Callable[[], Generator[Any]]]
-    ) -> list[Callable[[], Generator[Any]]]:
+        self, operations: Iterable[Callable[[], Iterator[Any]]]
+    ) -> list[Callable[[], Iterator[Any]]]:
         """Those that lack an answer. Nothing is asked meanwhile, so no other host's turn comes."""
         global _rehearsing
         silent, logger.disabled = logger.disabled, True
         _rehearsing = True
         try:
-            return [begin for begin in operations if self._lacks(begin)]
+            return [begin for begin in operations if _lacks(begin)]
         finally:
             _rehearsing = False
             logger.disabled = silent
-
-    def _lacks(self, begin: Callable[[], Generator[Any]]) -> bool:
-        """Rehearses an operation; whether it asked anything that is not known."""
-        self._is_lacking = False
-        commands = begin()
-        # What is wrong with it, it says itself when its turn comes.
-        with contextlib.suppress(Exception, _UnknownError), contextlib.closing(commands):
-            next(commands, None)
-        return self._is_lacking
 
     def _ask_together(self) -> int:
         """Everything that is lacking; how many round trips that took."""
@@ -197,6 +179,19 @@ class Foresight:
             self._in_vain.add(question)
         else:
             self._answers[question] = CommandOutput([OutputLine("stdout", line) for line in lines])
+
+
+def _lacks(begin: Callable[[], Iterator[Any]]) -> bool:
+    commands = begin()
+    try:
+        next(commands, None)
+    except _UnknownError:
+        return True
+    except Exception:
+        return False
+    finally:
+        commands.close()  # type: ignore[attr-defined]
+    return False
 
 
 def _by_manner(questions: Iterable[Question]) -> dict[str, list[str]]:
@@ -266,8 +261,7 @@ def look() -> Commands:
         # Each operation leaves the host without one.
         context = {name: getattr(of, name) for name in _CONTEXT}
         try:
-            known = getattr(of, "_foresight", None) or Foresight(of)
-            known.look(ahead)
+            Foresight(of).look(ahead)
         finally:
             for name, value in context.items():
                 setattr(of, name, value)
