@@ -261,7 +261,8 @@ def look() -> Commands:
         # Each operation leaves the host without one.
         context = {name: getattr(of, name) for name in _CONTEXT}
         try:
-            Foresight(of).look(ahead)
+            known = getattr(of, "_foresight", None) or Foresight(of)
+            known.look(ahead)
         finally:
             for name, value in context.items():
                 setattr(of, name, value)
