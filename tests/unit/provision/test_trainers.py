@@ -52,7 +52,7 @@ def planned(hardware: Hardware = CPU_HOST) -> trainers.Plan:
             pip_conf=None,
         ),
         release=Release(content=b"", digest="rel"),
-        data=trainers.Data(wheels=(), lock=b"", digest="dat"),
+        data=trainers.Data(wheels=(), digest="dat"),
     )
 
 
