@@ -483,7 +483,7 @@ class TorchEngine:
                     expected = [each.clone() for each in _as_tuple(self._network(*inputs))]
                 graph = _Graph(self._network, inputs, stream=self._cuda)
                 with torch.cuda.stream(self._cuda):
-                    _assert_close(tuple(graph.replay()), tuple(expected))
+                    _assert_close(graph.replay(), tuple(expected))
                 self._graphs[size] = graph
         except Exception as error:
             self._graphs.clear()

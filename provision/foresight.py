@@ -17,9 +17,10 @@ from __future__ import annotations
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from paramiko import SSHException
 from pyinfra import host, logger
 from pyinfra.api import StringCommand, operation
 from pyinfra.connectors.util import CommandOutput, OutputLine
@@ -44,6 +45,10 @@ class Question(NamedTuple):
     manner: str
 
 
+# Begins an operation, whose commands are what it yields.
+Beginning = Callable[[], Generator[Any, None, None]]
+
+
 class _UnknownError(BaseException):
     """Ends the rehearsal of an operation: it asks what is not known yet. No `except Exception` on
     the way may take it for a failure.
@@ -58,7 +63,7 @@ def rehearsing() -> bool:
     return _rehearsing
 
 
-def stop_if_rehearsing() -> None:
+def _stop_if_rehearsing() -> None:
     """Before what must not happen in a rehearsal, which ends there."""
     if _rehearsing:
         raise _UnknownError
@@ -73,16 +78,14 @@ def ask(of: Host, command: StringCommand, **manner: Any) -> tuple[bool, CommandO
 class Foresight:
     """What is known of one host; takes the place of its `get_fact` and of what runs commands."""
 
-    def __init__(self, of: Host, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._host = of
-        self._clock = clock
+    def __init__(self, of: Host) -> None:
         self._get_fact, self._run = of.get_fact, of.run_shell_command
         self._put_file = of.put_file
         self._asking = 0
         self._answers: dict[Question, CommandOutput] = {}
         self._lacking: dict[Question, tuple[StringCommand, Mapping[str, Any]]] = {}
         self._in_vain: set[Question] = set()  # what failed once is asked by its operation itself
-        self._since = clock()
+        self._since = time.monotonic()
         of.get_fact = self.get_fact  # type: ignore[method-assign]
         of.run_shell_command = self.run_shell_command  # type: ignore[method-assign]
         of.put_file = self.put_file  # type: ignore[method-assign]
@@ -98,7 +101,7 @@ class Foresight:
 
     def ask(self, command: StringCommand, **manner: Any) -> tuple[bool, CommandOutput]:
         """As the host's own for a command that changes nothing, and whose answer counts now."""
-        stop_if_rehearsing()
+        _stop_if_rehearsing()
         return self._run(command, **manner)
 
     def run_shell_command(
@@ -107,12 +110,12 @@ class Foresight:
         """As the host's own. What does not ask changes something, so nothing is known after it."""
         command = StringCommand(command) if isinstance(command, str) else command
         if not self._asking:
-            stop_if_rehearsing()
+            _stop_if_rehearsing()
             self._answers.clear()
             return self._run(command, *args, **kwargs)
         manner = {key: value for key, value in kwargs.items() if key.startswith("_")}
         question = Question(command.get_raw_value(), repr(sorted(manner.items())))
-        if not _rehearsing and self._clock() - self._since > LASTS_S:
+        if not _rehearsing and time.monotonic() - self._since > LASTS_S:
             self._answers.clear()
         if question in self._answers:
             return True, self._answers[question]
@@ -124,30 +127,31 @@ class Foresight:
 
     def put_file(self, *args: Any, **kwargs: Any) -> bool:
         """As the host's own."""
-        stop_if_rehearsing()
+        _stop_if_rehearsing()
         self._answers.clear()
         return self._put_file(*args, **kwargs)
 
-    def look(self, operations: Iterable[Callable[[], Iterator[Any]]]) -> int:
-        """Ask all that these operations will, as far as they would go without a change; how many
-        round trips it took.
+    def look(self, operations: Iterable[Beginning]) -> None:
+        """Ask all that these operations will, as far as they would go without a change.
 
-        + operations: each begins an operation, whose commands are what it yields
+        A host that does not answer is left to the operations, which say so and fail on it alone.
         """
         self._answers.clear()
-        self._since = self._clock()
-        trips = 0
+        self._since = time.monotonic()
         waiting = list(operations)
         while waiting:
             waiting = self._rehearsed(waiting)
             if not self._lacking:
-                break
-            trips += self._ask_together()
-        return trips
+                return
+            try:
+                self._ask_together()
+            except (
+                OSError,
+                SSHException,
+            ):  # as pyinfra's own facts take it; a timeout is the first
+                return
 
-    def _rehearsed(
-        self, operations: Iterable[Callable[[], Iterator[Any]]]
-    ) -> list[Callable[[], Iterator[Any]]]:
+    def _rehearsed(self, operations: Iterable[Beginning]) -> list[Beginning]:
         """Those that lack an answer. Nothing is asked meanwhile, so no other host's turn comes."""
         global _rehearsing
         silent, logger.disabled = logger.disabled, True
@@ -158,21 +162,18 @@ class Foresight:
             _rehearsing = False
             logger.disabled = silent
 
-    def _ask_together(self) -> int:
-        """Everything that is lacking; how many round trips that took."""
+    def _ask_together(self) -> None:
+        """Everything that is lacking. Raises what running a command raises."""
         lacking, self._lacking = self._lacking, {}
-        trips = 0
         for manner, questions in _by_manner(lacking).items():
             for batch in batches(questions):
                 arguments = lacking[Question(batch[0], manner)][1]
                 mark = secrets.token_hex(8)
                 commands = [lacking[Question(text, manner)][0] for text in batch]
                 _, output = self._run(together(commands, mark), **arguments)
-                trips += 1
                 found = answers(output.stdout_lines, mark)
                 for number, text in enumerate(batch):
                     self._keep(Question(text, manner), found.get(number))
-        return trips
 
     def _keep(self, question: Question, lines: list[str] | None) -> None:
         if lines is None:
@@ -181,16 +182,17 @@ class Foresight:
             self._answers[question] = CommandOutput([OutputLine("stdout", line) for line in lines])
 
 
-def _lacks(begin: Callable[[], Iterator[Any]]) -> bool:
+def _lacks(begin: Beginning) -> bool:
+    """Rehearses an operation; whether it asks what is not known yet."""
     commands = begin()
     try:
         next(commands, None)
     except _UnknownError:
         return True
-    except Exception:
+    except Exception:  # it says so itself when its turn comes
         return False
     finally:
-        commands.close()  # type: ignore[attr-defined]
+        commands.close()
     return False
 
 

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -749,3 +750,28 @@ def fields_of(caplog: pytest.LogCaptureFixture, event: str) -> dict[str, Any]:
     (record,) = [record for record in caplog.records if record.getMessage() == event]
     told: dict[str, Any] = json.loads(JsonFormatter().format(record))
     return told
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "problem"),
+    [
+        (torch.ones(2), torch.ones(2) + 1e-6, None),
+        (torch.ones(2), torch.ones(2) + 1e-3, "off by 0.001"),
+        (torch.ones(2), torch.tensor([1.0, torch.nan]), "not close"),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), "expected torch.float64"),
+        (torch.ones(2), torch.ones(1), "expected torch.float32 (1,)"),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), "not close"),
+        (torch.tensor([True]), torch.tensor([True]), None),
+    ],
+)
+def test_forms_of_a_network_are_compared_as_torch_testing_does(
+    found: torch.Tensor, expected: torch.Tensor, problem: str | None
+) -> None:
+    if problem is None:
+        engine._assert_close(found, expected)
+        torch.testing.assert_close(found, expected)
+        return
+    with pytest.raises(AssertionError, match=re.escape(problem)):
+        engine._assert_close(found, expected)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found, expected)

@@ -161,6 +161,19 @@ def test_what_a_host_is_like_after_a_failed_fact_is_left_to_the_operation(
     assert len(run.commands) == 2  # all together; then the one that failed, by its operation
 
 
+def test_a_host_that_does_not_answer_fails_by_its_operation_and_ends_no_run_of_others(
+    files: list[Path], seen: list[Any]
+) -> None:
+    run = Run()
+
+    def lost(*_: Any, **__: Any) -> Any:
+        raise OSError("Socket is closed")
+
+    run.host.connector.run_shell_command = lost  # type: ignore[method-assign]
+    with pytest.raises(PyinfraError, match="No hosts remaining"):
+        run(reading(seen, files[0]))
+
+
 def test_an_operation_that_is_wrong_says_so_itself_once(files: list[Path], seen: list[Any]) -> None:
     @operation()
     def wrong() -> Commands:

@@ -349,13 +349,19 @@ def test_equal_sources_give_equal_releases() -> None:
     assert workers.build_release() == first
 
 
+def a_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
+    """Room for a wheelhouse that is found as on an operator's machine."""
+    monkeypatch.undo()
+    monkeypatch.setattr(wheelhouse, "ROOT", root)
+    target = Target(build="cpu", python="3.11", machine="x86_64")
+    target.folder.mkdir()
+    return target
+
+
 def test_a_wheelhouse_of_other_requirements_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(wheelhouse, "ROOT", tmp_path)
-    target = Target(build="cpu", python="3.11", machine="x86_64")
-    target.folder.mkdir()
+    target = a_folder(tmp_path, monkeypatch)
     (target.folder / wheelhouse.LOCK).write_text("# from requirements/service.txt 0000\n")
     with pytest.raises(wheelhouse.WheelhouseError, match="other requirements"):
         wheelhouse.find(target)
@@ -364,10 +370,7 @@ def test_a_wheelhouse_of_other_requirements_is_refused(
 def test_a_wheelhouse_without_what_installs_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()
-    monkeypatch.setattr(wheelhouse, "ROOT", tmp_path)
-    target = Target(build="cpu", python="3.11", machine="x86_64")
-    target.folder.mkdir()
+    target = a_folder(tmp_path, monkeypatch)
     (target.folder / wheelhouse.LOCK).write_text(wheelhouse._stamp(wheelhouse.REQUIREMENTS))
     with pytest.raises(wheelhouse.WheelhouseError, match=r"installer\.txt.*wheelhouse build"):
         wheelhouse.find(target)
