@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gpu_service import bundle, datatypes
+from gpu_service import bundle, datatypes, engine
 from gpu_service.bundle import TensorSpec
 from gpu_service.device import StartupError, Stream, Tensors
 from gpu_service.engine import (
