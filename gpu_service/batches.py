@@ -1,11 +1,12 @@
-"""What goes to the inference thread and comes back: requests, and what became of them."""
+"""What goes to the inference thread, and who is told what became of it; `finished` has that."""
 
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import msgspec
 
 from gpu_service.batching import Ticket
 from gpu_service.device import Stream, Tensors
+from gpu_service.finished import FinishedBatch
 
 
 class Work(Protocol):
@@ -19,35 +20,6 @@ class Work(Protocol):
 
 
 W = TypeVar("W", bound=Work)
-
-
-class Outcome(msgspec.Struct, Generic[W], frozen=True):
-    """How one request ended. Its rows are cut out when asked for: by the event loop, not by the
-    inference thread, for which the device waits.
-    """
-
-    ticket: Ticket[W]
-    whole: Tensors | BaseException  # of the batch
-    start: int = 0  # its first row
-
-    @property
-    def result(self) -> Tensors | BaseException:
-        """Its own outputs [n, …] by name, or the exception it caused."""
-        whole = self.whole
-        if isinstance(whole, BaseException):
-            return whole
-        rows = slice(self.start, self.start + self.ticket.samples)
-        return {name: array[rows] for name, array in whole.items()}
-
-
-class FinishedBatch(msgspec.Struct, Generic[W], frozen=True, kw_only=True):
-    """What the inference thread hands over: everything that ran together."""
-
-    outcomes: list[Outcome[W]]
-    samples: int
-    input_s: float
-    infer_s: float
-    output_s: float
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):

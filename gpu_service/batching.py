@@ -7,8 +7,8 @@ between threads guards it (see `dispatch`, which owns the only one in a server).
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ PRIORITIES = range(10)
 NORMAL_PRIORITY = 5
 
 # Whoever has waited for so long is not overtaken any more, by whatever priority.
-_MAX_OVERTAKEN_S = 1.0
+_MAX_OVERTAKEN_S: Final = 1.0
 
 # The weight of the newest batch in the moving average of seconds a sample.
 _SMOOTHING = 0.2
@@ -38,13 +38,18 @@ class State(enum.IntEnum):  # whose hash is a number's, and quick
     EXPIRED = enum.auto()
 
 
-_ALLOWED: dict[State, tuple[State, ...]] = {
+_ALLOWED: Final[dict[State, tuple[State, ...]]] = {
     State.QUEUED: (State.RUNNING, State.CANCELLED, State.EXPIRED),
     State.RUNNING: (State.DONE, State.CANCELLED),
     State.DONE: (),
     State.CANCELLED: (),
     State.EXPIRED: (),
 }
+
+# Again, because each look into an enumeration is one into its metaclass first.
+QUEUED: Final = State.QUEUED
+RUNNING: Final = State.RUNNING
+DONE: Final = State.DONE
 
 
 class QueueFullError(Exception):
@@ -106,7 +111,7 @@ class Ticket(Generic[T]):
         self.key = key
         self.stream = stream
         self.started_at = 0.0
-        self.state = State.QUEUED
+        self.state = QUEUED
 
     def move(self, to: State) -> None:
         """Change the state; ValueError naming both ends for a move that makes no sense."""
@@ -139,8 +144,8 @@ class _Group(Generic[T]):
             del self.lanes[ticket.priority]
         self.samples -= ticket.samples
 
-    def heads(self) -> Iterator[Ticket[T]]:
-        return (next(iter(lane)) for lane in self.lanes.values())
+    def heads(self) -> list[Ticket[T]]:
+        return [next(iter(lane)) for lane in self.lanes.values()]
 
 
 class Queue(Generic[T]):
@@ -302,7 +307,7 @@ class Queue(Generic[T]):
             self._remove(ticket)
             room -= ticket.samples
             ticket.started_at = now
-            ticket.move(State.RUNNING)
+            ticket.move(RUNNING)
             batch.append(ticket)
         return batch
 

@@ -7,11 +7,11 @@ the event loop; no sockets.
 
 import math
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-from gpu_service.batches import FinishedBatch
 from gpu_service.batching import QueueFullError, RequestTooLargeError, State, Ticket
 from gpu_service.device import Stream, StreamsFullError, Tensors
+from gpu_service.finished import FinishedBatch
 from gpu_service.messages import Cancel, ErrorCode, Failure, ProtocolError, Request
 from gpu_service.metrics import Reason
 from gpu_service.parameters import (
@@ -22,7 +22,7 @@ from gpu_service.parameters import (
     sequence_of,
     timeout_of,
 )
-from gpu_service.protocol import decode_message, quote
+from gpu_service.protocol import decode_known, decode_message, quote
 from gpu_service.registry import Served
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 # A sequence of another connection has to end first; nobody knows when.
 _STREAMS_FULL_RETRY_MS = 1000
+
+# Final: compiled, a variable of C's and no look-up.
+_now: Final = time.perf_counter
+_MALFORMED: Final = Reason.MALFORMED
+_MISMATCH: Final = Reason.MISMATCH
 
 
 class Caller(Protocol):
@@ -84,9 +89,12 @@ class InFlight:
     __slots__ = (
         "arrived_at",
         "batch",
+        "binary",
         "connection",
+        "id",
         "inputs",
         "is_ended",
+        "is_whole",
         "request",
         "responses",
         "served",
@@ -102,6 +110,10 @@ class InFlight:
         arrived_at: float,
     ) -> None:
         self.request = request
+        # Again, because here they are found at once.
+        self.id = request.id
+        self.binary = request.binary
+        self.is_whole = request.outputs is None  # all outputs are wanted
         self.inputs: Tensors = request.inputs
         self.served = served
         self.connection = connection
@@ -131,18 +143,21 @@ class Connection:
 
     def receive(self, message: str | bytes) -> None:
         """Take one message. Never raises: whatever is wrong with it is answered."""
-        arrived_at = time.perf_counter()
+        arrived_at = _now()
         service = self._service
-        request_id = None
-        reason = Reason.MALFORMED
-        service.metrics.in_flight.inc()
+        request_id: str | None = None
+        reason = _MALFORMED
+        service.in_flight.inc()
         try:
-            request = decode_message(message)
-            if isinstance(request, Cancel):
-                service.metrics.in_flight.dec()
-                self.caller.no_answer()
-                self._cancel_as_wished(request)
-                return
+            request = decode_known(message) if isinstance(message, bytes) else None
+            if request is None:
+                decoded = decode_message(message)
+                if isinstance(decoded, Cancel):
+                    service.in_flight.dec()
+                    self.caller.no_answer()
+                    self._cancel_as_wished(decoded)
+                    return
+                request = decoded
             request_id = request.id
             if request_id is not None and request_id in self._ids:
                 reason = Reason.DUPLICATE_ID
@@ -151,15 +166,15 @@ class Connection:
                     f"id {request_id!r} is in flight on this connection already",
                     request_id=request_id,
                 )
-            reason = Reason.MISMATCH
+            reason = _MISMATCH
             served = self._served(request)
             work = InFlight(request, served, self, arrived_at)
-            if request.parameters or served.info.state:
+            if request.parameters or served.keeps_state:
                 self._submit_with_parameters(work)
             else:
                 fit = served.fit
                 work.ticket = served.channel.submit(
-                    work, samples=fit.samples_in(request), key=fit.key(request.inputs)
+                    work, samples=fit.samples_in(request), key=fit.key(work.inputs)
                 )
             self._works[work] = None
             if request_id is not None:
@@ -200,7 +215,7 @@ class Connection:
             self._cancel(work)
             self.forget(work)
             work.release()
-            self._service.metrics.in_flight.dec()
+            self._service.in_flight.dec()
             self._service.metrics.ended(ErrorCode.CANCELLED, Reason.DISCONNECTED)
         for sequence_id in list(self._sequences):
             self._end(sequence_id)
@@ -233,8 +248,8 @@ class Connection:
         """A request is answered, or never will be."""
         work.is_ended = True
         self._works.pop(work, None)
-        if work.request.id is not None:
-            self._ids.pop(work.request.id, None)
+        if work.id is not None:
+            self._ids.pop(work.id, None)
         if work.responses is not None:
             self._end_responses(work, work.responses)
 

@@ -15,12 +15,11 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-import msgspec
-
 from gpu_service import logs
-from gpu_service.batches import Events, FinishedBatch, Limits, Outcome, Work
-from gpu_service.batching import NORMAL_PRIORITY, Queue, State, Ticket
+from gpu_service.batches import Events, Limits, Work
+from gpu_service.batching import DONE, NORMAL_PRIORITY, RUNNING, Queue, State, Ticket
 from gpu_service.device import BatchOutput, BrokenError, Engine, Stream, StreamsFullError
+from gpu_service.finished import FinishedBatch, Outcome
 
 # So many batches in a row of which nothing succeeded make the device suspect.
 _SUSPICIOUS_BATCHES = 3
@@ -141,14 +140,16 @@ class Channel(Generic[W]):
             if batch.infer_s:
                 duration_s = batch.input_s + batch.infer_s + batch.output_s
                 self.queue.finished(samples=batch.samples, duration_s=duration_s)
-            wanted = [
-                outcome for outcome in batch.outcomes if outcome.ticket.state is State.RUNNING
-            ]
+            wanted: list[Outcome[W]] = []
+            for outcome in batch.outcomes:
+                if outcome.ticket.state is RUNNING:
+                    outcome.ticket.move(DONE)
+                    wanted.append(outcome)
+        if self._timers:
             for outcome in wanted:
-                outcome.ticket.move(State.DONE)
-        for outcome in wanted:
-            self._stop_timer(outcome.ticket)
-        self._events.on_batch(msgspec.structs.replace(batch, outcomes=wanted))
+                self._stop_timer(outcome.ticket)
+        batch.outcomes = wanted
+        self._events.on_batch(batch)
 
     def _expire(self, ticket: Ticket[W]) -> None:
         del self._timers[ticket]
@@ -205,10 +206,11 @@ class _Batch(Generic[W]):
         outcome = self.outcome
         if isinstance(outcome, FinishedBatch):
             return outcome
-        outcomes = []
+        outcomes: list[Outcome[W]] = []
+        outputs = outcome.outputs
         start = 0
         for ticket in self.tickets:
-            outcomes.append(Outcome(ticket, outcome.outputs, start))
+            outcomes.append(Outcome(ticket, outputs, start))
             start += ticket.samples
         return FinishedBatch(
             outcomes=outcomes,
@@ -534,9 +536,6 @@ def _failed(tickets: list[Ticket[W]], error: BaseException) -> FinishedBatch[W]:
     return FinishedBatch(
         outcomes=[Outcome(ticket, error) for ticket in tickets],
         samples=sum(ticket.samples for ticket in tickets),
-        input_s=0.0,
-        infer_s=0.0,
-        output_s=0.0,
     )
 
 

@@ -87,6 +87,7 @@ class Metrics:
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._ended = {code: Number() for code in (OK, *ErrorCode)}
+        self.ok = self._ended[OK]
         self._failed = {reason: Number() for reason in Reason}
         self._stages = {
             stage: Distribution(_SECONDS)

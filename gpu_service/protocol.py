@@ -8,7 +8,7 @@ import functools
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import numpy
@@ -29,17 +29,18 @@ from gpu_service.wire import ID_DECODER, REPLY_DECODER, REQUEST_DECODER, Tensor
 
 SUBPROTOCOL = "open-inference.v2"
 
-MAX_ID_CHARS = 128
+MAX_ID_CHARS: Final = 128
 MAX_RANK = 32
 
-_ALIGNMENT = 8
+# Final: compiled, they are C's own, and no look-up in a dictionary.
+_ALIGNMENT: Final = 8
 _BINARY_SIZE = "binary_data_size"
 _INDEX = "response_index"
 _FINAL = "final"
-_HEADER_LENGTH = struct.Struct("<I")
+_HEADER_LENGTH: Final = struct.Struct("<I")
 _MAX_MESSAGE_CHARS = 500
-_PADDING = bytes(_ALIGNMENT)
-_SPACES = b" " * _ALIGNMENT
+_PADDING: Final = bytes(_ALIGNMENT)
+_SPACES: Final = b" " * _ALIGNMENT
 _WHITESPACE = b" \t\r\n"
 _NO_STRUCTURE = bytes(set(range(256)) - set(b"[],"))
 
@@ -102,11 +103,8 @@ def decode_message(message: str | bytes) -> Request | Cancel:
     here (see `signature`). Raises ProtocolError with INVALID_ARGUMENT, and with the request's
     id wherever that can still be read.
     """
-    opening = None if isinstance(message, str) else _opening(message)
-    if opening is not None and (form := _known_forms.get(opening[1])) is not None:
-        request = form.read(message, *opening)
-        if request is not None:
-            return request
+    if isinstance(message, bytes) and (known := decode_known(message)) is not None:
+        return known
     parts = _split(message)
     wire = _parse(parts.header, REQUEST_DECODER)
     if wire.id is not None and len(wire.id) > MAX_ID_CHARS:
@@ -133,18 +131,22 @@ def decode_message(message: str | bytes) -> Request | Cancel:
         parameters=wire.parameters,
         binary=parts.frame is not None,
     )
-    if opening is not None:
-        _remember(opening[1], request, wire.inputs)
+    if isinstance(message, bytes) and (end_of_id := _end_of_id(message)):
+        end = _HEADER_LENGTH.size + len(parts.header)
+        if end <= _LONGEST_FORM:
+            _remember(message[end_of_id:end], request, wire.inputs)
     return request
 
 
 class _Form:
     """A header that came before, but for its id: what it says need not be read again."""
 
-    __slots__ = ("_like", "_size", "_tensors")
+    __slots__ = ("_is_plain", "_like", "_size", "_tensors")
 
     def __init__(self, like: Request, wires: Iterable[Tensor]) -> None:
         self._like = like
+        names = (like.model_name, like.model_version, like.outputs)
+        self._is_plain = names == (None, None, None) and not like.parameters
         self._tensors: list[tuple[str, numpy.dtype[Any], int, tuple[int, ...]]] = []
         offset = end = 0
         for wire in wires:
@@ -154,18 +156,22 @@ class _Form:
             offset = _aligned(end)
         self._size = end
 
-    def read(self, frame: str | bytes, request_id: str, rest: bytes) -> Request | None:
-        """The request in `frame`; None where its tensors are not of the header's size."""
-        start = _aligned(_HEADER_LENGTH.size + len(_ID_FIRST) + len(request_id) + len(rest))
+    def read(self, frame: bytes, request_id: str, start: int) -> Request | None:
+        """The request in `frame`; None where its tensors are not of the header's size.
+
+        `start` is the first byte behind the header.
+        """
+        start += -start % _ALIGNMENT
         surplus = len(frame) - start - self._size
         if surplus and not (0 < surplus < _ALIGNMENT and len(frame) % _ALIGNMENT == 0):
             return None
-        inputs = {
-            name: numpy.ndarray(shape, dtype, frame, start + offset)  # type: ignore[arg-type]
-            for name, dtype, offset, shape in self._tensors
-        }
+        inputs: dict[str, NDArray[Any]] = {}
+        for name, dtype, offset, shape in self._tensors:
+            inputs[name] = _ndarray(shape, dtype, frame, start + offset)
+        if self._is_plain:
+            return _Request(inputs=inputs, id=request_id)
         like = self._like
-        return Request(
+        return _Request(
             inputs=inputs,
             id=request_id,
             model_name=like.model_name,
@@ -175,27 +181,56 @@ class _Form:
         )
 
 
+_ndarray: Final[Any] = numpy.ndarray
+_Request: Final = Request
+
 # By what follows their id. Most requests of a client have the same, so most are found here.
-_known_forms: dict[bytes, _Form] = {}
-_MOST_FORMS = 256
-_LONGEST_FORM = 1024
-_ID_FIRST = b'{"id":"'
+_known_forms: Final[dict[bytes, _Form]] = {}
+_MOST_FORMS: Final = 256
+_LONGEST_FORM: Final = 1024
+_ID_FIRST: Final = b'{"id":"'
+_ID_AT: Final = 4 + 7  # behind the header's length, and that
+
+_QUOTE: Final = ord('"')
+_BACKSLASH: Final = ord("\\")
+_SPACE: Final = ord(" ")
+_DELETE: Final = 127
 
 
-def _opening(frame: bytes) -> tuple[str, bytes] | None:
-    """The id that a frame's header begins with, and what follows it; None if not so plain."""
-    start = _HEADER_LENGTH.size + len(_ID_FIRST)
-    if frame[_HEADER_LENGTH.size : start] != _ID_FIRST:
+def decode_known(frame: bytes) -> Request | None:
+    """The request in a binary message whose header came before, but for its id.
+
+    None says nothing about it: see `decode_message`.
+    """
+    end_of_id = _end_of_id(frame)
+    if not end_of_id:
         return None
-    end = _HEADER_LENGTH.size + _HEADER_LENGTH.unpack_from(frame)[0]
-    if not start <= end <= min(len(frame), _LONGEST_FORM):
+    end = 4 + (frame[0] | frame[1] << 8 | frame[2] << 16 | frame[3] << 24)
+    if end > _LONGEST_FORM or end > len(frame):
         return None
-    quote_at = frame.find(b'"', start, end)
-    found = frame[start:quote_at]
-    if not 0 <= quote_at - start <= MAX_ID_CHARS or not found.isascii() or b"\\" in found:
+    form = _known_forms.get(frame[end_of_id:end])
+    if form is None:
         return None
-    request_id = found.decode()
-    return (request_id, frame[quote_at:end]) if request_id.isprintable() else None
+    return form.read(frame, frame[_ID_AT:end_of_id].decode("ascii"), end)
+
+
+def _end_of_id(frame: bytes) -> int:
+    """Where the id ends that a frame's header begins with; 0 if it does not, or is not so plain:
+    printable ASCII without escapes.
+    """
+    most = min(len(frame), _ID_AT + MAX_ID_CHARS + 1)
+    if most <= _ID_AT or frame[4:_ID_AT] != _ID_FIRST:
+        return 0
+    # Byte by byte, because compiled that is quicker than any method of bytes.
+    at = _ID_AT
+    while at < most:
+        byte = frame[at]
+        if byte == _QUOTE:
+            return at
+        if byte < _SPACE or byte >= _DELETE or byte == _BACKSLASH:
+            return 0
+        at += 1
+    return 0
 
 
 def _remember(rest: bytes, request: Request, wires: Iterable[Tensor]) -> None:
@@ -401,7 +436,9 @@ def _values_decoder(kind: str) -> "msgspec.json.Decoder[Any]":
 
 # ------------------------------------------------------------------------------ encoding
 
-_encoder = msgspec.json.Encoder()
+_encoder: Final = msgspec.json.Encoder()
+_encode_json: Final = _encoder.encode
+_ID_KEY: Final = b'{"id":'
 
 
 def encode_request(request: Request) -> bytes:
@@ -464,7 +501,7 @@ def encode_response(response: Response, *, binary: bool) -> bytes:
         tuple(response.outputs),
         tuple([(array.shape, array.dtype) for array in arrays]),
     )
-    return _framed(b'{"id":' + _json(response.id) + rest, arrays)
+    return _framed(_ID_KEY + _json(response.id) + rest, arrays)
 
 
 @functools.lru_cache(maxsize=256)
@@ -506,6 +543,7 @@ class ReplyForm:
         self._model = (model_name, model_version)
         self._parameters = tuple(parameters.items())
         self._rests: dict[Any, bytes] = {}
+        self._frames: dict[Any, dict[int, _RowsFrame]] = {}
 
     def encode(self, request_id: str | None, outputs: Mapping[str, NDArray[Any]]) -> bytes:
         """One binary message; raises ProtocolError as `encode_response`."""
@@ -514,17 +552,107 @@ class ReplyForm:
         arrays: Iterable[NDArray[Any]] = outputs.values()
         if rest is None or not all(array.flags.c_contiguous for array in arrays):
             arrays = [_on_wire(f"outputs: {name}", array) for name, array in outputs.items()]
-            rest = _rest_of_header(
-                *self._model,
-                self._parameters,
-                tuple(outputs),
-                tuple([(array.shape, array.dtype) for array in arrays]),
-            )
+            rest = self._rest(outputs, arrays)
             if len(self._rests) >= _MOST_FORMS:
                 self._rests.clear()
             if all(array.dtype in _WIRE_DTYPES and array.ndim for array in outputs.values()):
                 self._rests[key] = rest
-        return _framed(b'{"id":' + _encoder.encode(request_id) + rest, arrays)
+        return _framed(_ID_KEY + _encoder.encode(request_id) + rest, arrays)
+
+    def of_batch(self, outputs: Mapping[str, NDArray[Any]]) -> "BatchReplies | None":
+        """Encodes the replies to those who ran in one batch; `outputs` are those of all.
+
+        None if these have to be encoded one by one.
+        """
+        for array in outputs.values():
+            if not (array.ndim and array.dtype in _WIRE_DTYPES and array.flags.c_contiguous):
+                return None
+        key = tuple([(name, array.shape[1:], array.dtype) for name, array in outputs.items()])
+        frames = self._frames.get(key)
+        if frames is None:
+            if len(self._frames) >= _MOST_FORMS:
+                self._frames.clear()
+            frames = self._frames[key] = {}
+        return BatchReplies(self, outputs, frames)
+
+    def frame_of(self, outputs: Mapping[str, NDArray[Any]], samples: int) -> "_RowsFrame":
+        """What is around the values of a reply to so many samples."""
+        arrays = [array[:samples] for array in outputs.values()]
+        return _RowsFrame(self._rest(outputs, arrays), [a.nbytes for a in arrays], samples)
+
+    def _rest(self, outputs: Mapping[str, NDArray[Any]], arrays: Iterable[NDArray[Any]]) -> bytes:
+        return _rest_of_header(
+            *self._model,
+            self._parameters,
+            tuple(outputs),
+            tuple([(array.shape, array.dtype) for array in arrays]),
+        )
+
+
+class BatchReplies:
+    """Encodes the replies to all who ran in one batch; made by `ReplyForm.of_batch`.
+
+    Everything that does not differ between them is looked up once.
+    """
+
+    __slots__ = ("_form", "_frames", "_outputs", "_values")
+
+    def __init__(
+        self,
+        form: ReplyForm,
+        outputs: Mapping[str, NDArray[Any]],
+        frames: "dict[int, _RowsFrame]",
+    ) -> None:
+        self._form = form
+        self._outputs = outputs
+        self._frames = frames
+        self._values = [_bytes_of(array) for array in outputs.values()]
+
+    def encode(self, request_id: str | None, *, start: int, samples: int) -> bytes:
+        """The binary message with rows `start` to `start + samples` of each output."""
+        frame = self._frames.get(samples)
+        if frame is None:
+            frame = self._frames[samples] = self._form.frame_of(self._outputs, samples)
+        return frame.around(_encode_json(request_id), self._values, start)
+
+
+class _RowsFrame:
+    """What is around the values of binary replies that differ by those, and by their id."""
+
+    __slots__ = ("_edges", "_paddings", "_rest", "_row_sizes", "_sizes")
+
+    def __init__(self, rest: bytes, sizes: list[int], samples: int) -> None:
+        self._rest = rest
+        self._sizes = sizes  # bytes of each output
+        self._row_sizes = [size // samples for size in sizes]
+        self._paddings = [_PADDING[: -size % _ALIGNMENT] for size in sizes]
+        self._edges: dict[int, tuple[bytes, bytes]] = {}  # by the length of the id
+
+    def around(self, request_id: bytes, values: list[memoryview], start: int) -> bytes:
+        """The message, of an id as JSON and the rows of each output from `start` on."""
+        edges = self._edges.get(len(request_id))
+        if edges is None:
+            edges = self._edges[len(request_id)] = self._edges_of(len(request_id))
+        pieces: list[Any] = [edges[0], request_id, edges[1]]
+        for number, view in enumerate(values):
+            at = start * self._row_sizes[number]
+            # Buffers: the join below is the only copy.
+            pieces.append(view[at : at + self._sizes[number]])
+            padding = self._paddings[number]
+            if padding:
+                pieces.append(padding)
+        return b"".join(pieces)
+
+    def _edges_of(self, length: int) -> tuple[bytes, bytes]:
+        """The header before and after an id of `length` bytes, and how long it is."""
+        size = len(_ID_KEY) + length + len(self._rest)
+        spaces = -(_HEADER_LENGTH.size + size) % _ALIGNMENT
+        return _HEADER_LENGTH.pack(size + spaces) + _ID_KEY, self._rest + _SPACES[:spaces]
+
+
+def _bytes_of(array: NDArray[Any]) -> memoryview:
+    """The values of a contiguous array."""
+    return array.reshape(-1).view("u1").data
 
 
 def encode_failure(failure: Failure, *, binary: bool) -> bytes:

@@ -31,6 +31,7 @@ class Served(Generic[W]):
         self.channel = channel
         self.source = source  # the folder that it was asked for with
         self.info = channel.engine.model
+        self.keeps_state = bool(self.info.state)
         self.fit = Fit(self.info)
         self.replies: ReplyForm | None = None  # made with the first reply
         self.requests_ok = 0

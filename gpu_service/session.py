@@ -16,7 +16,7 @@ import struct
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Protocol, cast
+from typing import Final, Protocol, cast
 
 import msgspec
 from websockets.frames import CloseCode, Frame, Opcode
@@ -36,36 +36,38 @@ except ImportError:  # websockets was built without its C extension
 # Answers that may wait in this process for a slow reader before it is not read any more.
 _WRITE_LIMIT_BYTES = 65536
 
+# Final below: compiled, they are C's own, and no look-up in a dictionary.
+_unmask: Final[Callable[[bytes, bytes], bytes]] = apply_mask
+
 _OPEN_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 5.0
 
 # Frames of one client between two looks at all the others: each may cost as much as an answer.
-_FRAMES_PER_TURN = 256
-_TURN = range(_FRAMES_PER_TURN)
+_FRAMES_PER_TURN: Final = 256
 
 # As nginx bounds it by default: the core would keep 128 lines of 8 KiB.
 _MOST_REQUEST_BYTES = 32768
 
 # A frame's first two bytes (RFC 6455, 5.2): final, no extension; masked, as from a client.
-_WHOLE_TEXT = 0x81
-_WHOLE_BINARY = 0x82
-_PONG = 0x8A
-_MASKED = 0x80
-_LENGTH = 0x7F
-_LENGTH_IN_2 = 126
-_LENGTH_IN_8 = 127
-_LONGEST_HEAD = 14
+_WHOLE_TEXT: Final = 0x81
+_WHOLE_BINARY: Final = 0x82
+_PONG: Final = 0x8A
+_MASKED: Final = 0x80
+_LENGTH: Final = 0x7F
+_LENGTH_IN_2: Final = 126
+_LENGTH_IN_8: Final = 127
+_LONGEST_HEAD: Final = 14
 
-_PING_BYTES = 4
+_PING_BYTES: Final = 4
 _PING_HEAD = bytes((0x89, _PING_BYTES))
 
 _END_OF_REQUEST = b"\r\n\r\n"
 
-_HEAD_2 = struct.Struct(">BBH")
-_HEAD_8 = struct.Struct(">BBQ")
+_HEAD_2: Final = struct.Struct(">BBH")
+_HEAD_8: Final = struct.Struct(">BBQ")
 
 # Up to here a copy is cheaper than a second piece to write.
-_JOINED_BYTES = 16384
+_JOINED_BYTES: Final = 16384
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,9 +140,12 @@ class Session:
         "_is_closing",
         "_is_lost",
         "_is_open",
+        "_is_talking",
         "_limits",
         "_loop",
         "_made_at",
+        "_max_in_flight",
+        "_max_message_bytes",
         "_message",
         "_message_is_text",
         "_messages",
@@ -165,6 +170,8 @@ class Session:
         self._host = host
         self._core = core
         self._limits = limits
+        self._max_in_flight = limits.max_in_flight
+        self._max_message_bytes = limits.max_message_bytes
         self._requests: Requests = service.connect(self)
         self.visitor: Visitor | None = None  # who it serves, once admitted
         self.is_surplus = False  # one more than there may be: closed as soon as it is open
@@ -173,6 +180,7 @@ class Session:
         self._transport: asyncio.Transport
         self._timer: asyncio.TimerHandle | None = None
         self._is_open = False
+        self._is_talking = False  # the core's state is OPEN; here it is found at once
         self._is_lost = False
         self._draining = False
         # Reading.
@@ -256,7 +264,7 @@ class Session:
 
     def answer(self, payload: bytes, *, binary: bool, final: bool) -> None:
         """Write a reply."""
-        if self._core.state is OPEN:
+        if self._is_talking:
             self._write(payload, _WHOLE_BINARY if binary else _WHOLE_TEXT)
         if not final:
             return
@@ -294,6 +302,7 @@ class Session:
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
         self._is_lost = True
+        self._is_talking = False
         self._core.receive_eof()
         if self._timer is not None:
             self._timer.cancel()
@@ -321,10 +330,13 @@ class Session:
         data, at = self._unread, 0
         size = len(data)
         self._unread = b""
-        for _ in _TURN:
+        for _ in range(_FRAMES_PER_TURN):
             if at == size:
                 return
-            if self._core.state is CONNECTING:
+            if not self._is_talking:
+                if self._core.state is not CONNECTING:
+                    self._feed(data[at:])
+                    return
                 end = at + self._rest_of_request(data[at:])
                 self._request_bytes += end - at
                 if self._request_bytes > _MOST_REQUEST_BYTES and not self._core.eof_sent:
@@ -333,10 +345,7 @@ class Session:
                 self._feed(data[at:end])
                 at = end
                 continue
-            if self._core.state is not OPEN:
-                self._feed(data[at:])
-                return
-            if self._unanswered >= self._limits.max_in_flight:
+            if self._unanswered >= self._max_in_flight:
                 self._pause_reading()
                 self._unread = data[at:]
                 return
@@ -353,15 +362,15 @@ class Session:
             start, end = at + head, at + head + length
             is_whole = end <= size and data[at + 1] & _MASKED
             if is_whole and first == _PONG and length < _LENGTH_IN_2:
-                self._on_pong(apply_mask(data[start:end], data[start - 4 : start]))
+                self._on_pong(_unmask(data[start:end], data[start - 4 : start]))
                 at = end
             elif (
                 is_whole
                 and first in (_WHOLE_BINARY, _WHOLE_TEXT)
-                and length <= self._limits.max_message_bytes
+                and length <= self._max_message_bytes
                 and self._message is None
             ):
-                payload = apply_mask(data[start:end], data[start - 4 : start])
+                payload = _unmask(data[start:end], data[start - 4 : start])
                 self._take(payload, is_text=first == _WHOLE_TEXT)
                 at = end
             else:
@@ -394,6 +403,7 @@ class Session:
     def _feed(self, data: bytes) -> None:
         """Have the core judge it, and do what it says."""
         self._core.receive_data(data)
+        self._is_talking = self._core.state is OPEN
         for event in self._core.events_received():
             if isinstance(event, Frame):
                 self._on_frame(event)
@@ -404,10 +414,11 @@ class Session:
 
     def _on_request(self, request: HttpRequest) -> None:
         self._core.send_response(self._host.respond(request, self._core, self))
-        if self._core.state is OPEN and self.is_surplus:
+        self._is_talking = self._core.state is OPEN
+        if self._is_talking and self.is_surplus:
             self._flush()  # the answer to the handshake comes first
             self.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
-        elif self._core.state is OPEN:
+        elif self._is_talking:
             self._is_open = True
             self._set_timer(self._first_ping_in_s(), self._send_ping)
             self._client = self._host.opened(self)
@@ -455,7 +466,7 @@ class Session:
         self._flush()
 
     def _take(self, payload: bytes, *, is_text: bool) -> None:
-        if self._draining or self._core.state is not OPEN:
+        if self._draining or not self._is_talking:
             return
         message: str | bytes = payload
         if is_text:
@@ -487,7 +498,7 @@ class Session:
             reason = "worker restarts: reconnect, resend what was not answered"
             self.close(CloseCode.SERVICE_RESTART, reason)
         if self._reading_paused and (
-            self._unanswered < self._limits.max_in_flight and not self._writing_paused
+            self._unanswered < self._max_in_flight and not self._writing_paused
         ):
             self._reading_paused = False
             self._transport.resume_reading()
@@ -501,7 +512,7 @@ class Session:
         if length < _LENGTH_IN_2:
             head = bytes((first, length))
         elif length < 1 << 16:
-            head = _HEAD_2.pack(first, _LENGTH_IN_2, length)
+            head = _head_2(first, length)
         else:
             head = _HEAD_8.pack(first, _LENGTH_IN_8, length)
         if length <= _JOINED_BYTES:
@@ -511,6 +522,7 @@ class Session:
 
     def _flush(self) -> None:
         """Send what the core has to say, and see that a connection that it ends does end."""
+        self._is_talking = self._core.state is OPEN and not self._is_lost
         for data in self._core.data_to_send():
             if self._is_lost:
                 continue
@@ -550,6 +562,21 @@ class Session:
             return
         self._core.fail(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
         self._flush()
+
+
+# By length and kind: most replies of a model are as long as one another.
+_heads_2: Final[dict[int, bytes]] = {}
+_MOST_HEADS: Final = 1024
+
+
+def _head_2(first: int, length: int) -> bytes:
+    """The head of a frame whose length takes two bytes."""
+    head = _heads_2.get(first << 16 | length)
+    if head is None:
+        if len(_heads_2) >= _MOST_HEADS:
+            _heads_2.clear()
+        head = _heads_2[first << 16 | length] = _HEAD_2.pack(first, _LENGTH_IN_2, length)
+    return head
 
 
 def _frame_head(data: bytes, at: int) -> tuple[int, int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
+import numpy
 from numpy.typing import NDArray
 
 from gpu_service import datatypes
@@ -53,27 +54,35 @@ class Fit:
 
     def __init__(self, model: ModelInfo) -> None:
         self._model = model
-        self._inputs = [
-            (spec.name, datatypes.NUMPY[spec.datatype], spec.shape) for spec in model.inputs
+        self._inputs: list[tuple[str, numpy.dtype[Any], tuple[int, ...]]] = [
+            (spec.name, datatypes.NUMPY[spec.datatype], (1, *spec.shape)) for spec in model.inputs
         ]
         self._is_dynamic = any(DYNAMIC in spec.shape for spec in model.inputs)
 
     def samples_in(self, request: Request) -> int:
         """The number n of samples in `request`; raises as `samples_in`."""
-        inputs = request.inputs
-        samples = 0
-        if request.outputs is None and len(inputs) == len(self._inputs) and not self._is_dynamic:
-            for name, dtype, shape in self._inputs:
-                array = inputs.get(name)
-                if array is None or array.dtype != dtype or array.shape[1:] != shape:
-                    break
-                if samples not in (0, array.shape[0]):
-                    break
-                samples = array.shape[0]
-            else:
-                if samples:
-                    return samples
+        if request.outputs is None and not self._is_dynamic:
+            samples = self._samples_of(request.inputs)
+            if samples:
+                return samples
         return samples_in(request, self._model)
+
+    def _samples_of(self, inputs: Mapping[str, NDArray[Any]]) -> int:
+        """How many samples these are, if nothing is wrong with them; else 0."""
+        if len(inputs) != len(self._inputs):
+            return 0
+        samples = 0
+        for number, (name, dtype, one) in enumerate(self._inputs):
+            array = inputs.get(name)
+            if array is None or (array.dtype is not dtype and array.dtype != dtype):
+                return 0
+            shape = array.shape
+            # Most requests have one sample: nothing is cut out for those.
+            count = 1 if shape == one else shape[0] if shape[1:] == one[1:] else 0
+            if number and count != samples:
+                return 0
+            samples = count
+        return samples
 
     def key(self, inputs: Mapping[str, NDArray[Any]]) -> Shapes | None:
         """What inputs that fit must have in common to run together; None: all may."""

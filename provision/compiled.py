@@ -35,6 +35,7 @@ MODULES = (
     "counts",
     "datatypes",
     "dispatch",
+    "finished",
     "parameters",
     "protocol",
     "registry",

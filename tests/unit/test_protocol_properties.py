@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import operator
+import struct
 import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -281,6 +282,124 @@ def test_what_is_accepted_although_damaged_can_be_sent_on(message: str | bytes) 
     assert (again.id, again.parameters, again.outputs, again.binary) == (
         *(decoded.id, decoded.parameters, decoded.outputs, decoded.binary),
     )
+
+
+def told(message: str | bytes) -> tuple[object, ...]:
+    """What a message is decoded to, or how it is refused, in a form that can be compared."""
+    try:
+        decoded = protocol.decode_message(message)
+    except ProtocolError as error:
+        return error.code, error.message, error.request_id
+    if isinstance(decoded, Cancel):
+        return (decoded,)
+    arrays = [
+        (name, array.dtype, array.shape, array.tobytes()) for name, array in decoded.inputs.items()
+    ]
+    return arrays, *(getattr(decoded, name) for name in decoded.__struct_fields__[1:])
+
+
+# What may stand between the quotes of an id, right or wrong.
+IDS = (
+    *(
+        b"",
+        b"2",
+        b"a b",
+        b"\\u0061",
+        b"\\n",
+        b'\\"',
+        b'"',
+        b"\\",
+        b"\xc3\xa9",
+        b"\xff",
+        b"\x7f",
+        b"\0",
+    ),
+    *(b"x" * 128, b"x" * 129, b'2","id":"3', b'2","inputs":[]', b"2" * 5000),
+)
+
+
+@st.composite
+def headers_that_came_before(draw: st.DrawFn, request_id: bytes) -> tuple[bytes, bytes]:
+    """A request, and bytes that begin with the same header but for its id."""
+    dtype = draw(st.sampled_from(["u1", "<i2", "<f4", "?"]))
+    inputs = {
+        name: numpy.zeros(draw(st.lists(st.integers(0, 4), min_size=1, max_size=2)), dtype)
+        for name in draw(st.lists(st.sampled_from("xy"), min_size=1, max_size=2, unique=True))
+    }
+    parameters = draw(st.sampled_from([{}, {"priority": 3}, {"a": "\\"}]))
+    name = draw(st.sampled_from([None, "", "m"]))
+    first = protocol.encode_request(
+        Request(inputs=inputs, id="1", parameters=parameters, model_name=name)
+    )
+    (length,) = struct.unpack_from("<I", first)
+    changed = b'"id":"' + request_id + b'"'
+    header = first[4 : 4 + length].replace(b'"id":"1"', changed)
+    size = len(first) - 4 - length + draw(st.sampled_from([0, 0, 0, *range(-9, 10)]))
+    values = bytes(-(4 + len(header)) % 8) + bytes(max(0, size))
+    return first, struct.pack("<I", len(header)) + header + values
+
+
+@pytest.mark.parametrize("request_id", IDS, ids=ascii)
+@settings(deadline=None, max_examples=30)
+@given(data=st.data())
+def test_what_came_before_changes_nothing(request_id: bytes, data: st.DataObject) -> None:
+    first, second = data.draw(headers_that_came_before(request_id))
+    protocol._known_forms.clear()
+    cold = told(second)
+    protocol._known_forms.clear()
+    told(first)
+    assert told(second) == cold
+    assert told(second) == cold
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[dict[str, NDArray[Any]], list[int]]:
+    """Outputs of a batch, and how many of its samples were whose."""
+    counts = draw(st.lists(st.integers(1, 3), min_size=1, max_size=5))
+    outputs = {}
+    for name in draw(st.lists(st.sampled_from("xyz"), min_size=1, max_size=2, unique=True)):
+        dtype = draw(st.sampled_from(["?", "u1", "<i2", ">i4", "<f2", "<f4", "<f8"]))
+        shape = (sum(counts), *draw(st.lists(st.integers(0, 3), max_size=2)))
+        values = numpy.arange(math.prod(shape)).reshape(shape).astype(dtype)
+        is_odd = draw(st.booleans())
+        outputs[name] = numpy.asfortranarray(values) if is_odd else values
+    return outputs, counts
+
+
+@untimed
+@given(batches(), st.none() | st.text(max_size=9))
+def test_replies_of_a_batch_are_those_that_each_would_get(
+    batch: tuple[dict[str, NDArray[Any]], list[int]], request_id: str | None
+) -> None:
+    outputs, counts = batch
+    form = protocol.ReplyForm(model_name="m", model_version="1", parameters={"worker": "w"})
+    for _ in range(2):  # the second time, from what was kept
+        replies = form.of_batch(outputs)
+        start = 0
+        for samples in counts:
+            rows = {name: array[start : start + samples] for name, array in outputs.items()}
+            alone = protocol.encode_response(
+                Response(
+                    id=request_id,
+                    model_name="m",
+                    model_version="1",
+                    outputs=rows,
+                    parameters={"worker": "w"},
+                ),
+                binary=True,
+            )
+            assert form.encode(request_id, rows) == alone
+            if replies is not None:
+                assert replies.encode(request_id, start=start, samples=samples) == alone
+            start += samples
+
+
+def test_a_contiguous_batch_is_encoded_as_one() -> None:
+    form = protocol.ReplyForm(model_name="m", model_version="1", parameters={})
+    values = numpy.ones((4, 3), "<f4")
+    assert form.of_batch({"y": values}) is not None
+    assert form.of_batch({"y": values.T}) is None
+    assert form.of_batch({"y": values.astype(">f4")}) is None
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
