@@ -627,7 +627,8 @@ class Reality(RuleBasedStateMachine):
     ) -> list[Waiting] | None:
         """What still waits after a batch of `taken` and `rest`; None if it should be another.
 
-        Of equals that have expired any may be dropped first: whose stream goes on then, is next.
+        Of equals any may come first, and of those that have expired any may be dropped first: whose
+        stream goes on then, is next.
         """
         next_ = self.next_(waiting, taken[0].key if taken else ...)
         expired = [each for each in next_ if each.ticket.state is State.EXPIRED]
@@ -637,15 +638,14 @@ class Reality(RuleBasedStateMachine):
             self.promote(others, taken)
             if (after := self.explained(others, taken, rest, room)) is not None:
                 return after
-        if expired:
-            return None
         if rest and any(each.ticket is rest[0] for each in next_):
             assert rest[0].expires_at > self.clock.now
             others = [each for each in waiting if each.ticket is not rest[0]]
             room -= rest[0].samples
             return self.explained(others, [*taken, rest[0]], rest[1:], room)
         is_all = not next_ or any(one.ticket.samples > room for one in next_)
-        return waiting if is_all and not rest else None
+        is_so = is_all and all(each.ticket.state is State.QUEUED for each in waiting)
+        return waiting if is_so and not rest else None
 
     def next_(self, waiting: list[Waiting], key: object) -> list[Waiting]:
         """Of what is eligible, of this key unless it is `...`: what comes first, equals too."""
