@@ -32,6 +32,9 @@ from gpu_service import bundle
 
 CONNECTIONS = 64
 
+# What a worker sleeps, about, between two requests of one client that waits for each answer.
+_PAUSE_S = 0.0005
+
 
 class Bench:
     """The servers, the load client and the figures of all turns."""
@@ -47,11 +50,12 @@ class Bench:
         harness.write_frame(folder / "model", spec.name, (1, *spec.shape))
         harness.write_frame(folder / "identity", "x", (1, VALUES))
 
-    def raw(self, name: str, *, batch: int) -> None:
+    def raw(self, name: str, *, batch: int, pause_s: float = 0.0) -> None:
         """Samples a second of the model alone, and microseconds of one forward."""
         command = [sys.executable, "-m", "bench.serving.raw", str(self.path), str(batch)]
+        command += [str(self.seconds), str(pause_s)]
         result = subprocess.run(
-            ["taskset", "-c", str(harness.CORES[0]), *command, str(self.seconds)],
+            ["taskset", "-c", str(harness.CORES[0]), *command],
             cwd=CHECKOUT,
             env=ENVIRON,
             check=True,
@@ -134,6 +138,7 @@ def one_turn(bench: Bench, versions: dict[str, Path]) -> None:
     bench.load("echo idle", server="echo", file="identity", connections=1)
     bench.load("echo idle through", server="nginx echo", file="identity", connections=1)
     bench.raw("single", batch=1)
+    bench.raw("woken", batch=1, pause_s=_PAUSE_S)
 
 
 def rows(bench: Bench, name: str = "") -> list[Row]:
@@ -220,6 +225,11 @@ def main() -> int:
             Row(name="raw forward, batches of 64", value=bench.median("raw 64 rate"), unit="1/s"),
             Row(name="raw forward, batches of 32", value=bench.median("raw 32 rate"), unit="1/s"),
             Row(name="raw forward, one sample", value=bench.median("single us"), unit="µs"),
+            Row(
+                name="raw forward, one sample, after a sleep of 0.5 ms",
+                value=bench.median("woken us"),
+                unit="µs",
+            ),
             Row(name="echo server (picows)", value=bench.median("echo rate"), unit="1/s"),
             Row(
                 name="echo server, one idle client",
