@@ -12,6 +12,7 @@ from gpu_service.batching import Ticket
 from gpu_service.connection import Caller, Connection, InFlight, Responses
 from gpu_service.device import BrokenError, Tensors
 from gpu_service.finished import FinishedBatch
+from gpu_service.gil import give_way
 from gpu_service.messages import ErrorCode, Failure, ProtocolError, Response
 from gpu_service.metrics import Metrics, Reason
 from gpu_service.protocol import BatchReplies, ReplyForm, encode_failure, encode_response
@@ -27,6 +28,7 @@ _LOGGED_PER_S = 10.0
 
 # Final: compiled, a variable of C's and no look-up.
 _now: Final = time.perf_counter
+_give_way: Final = give_way
 
 
 class Service:
@@ -83,6 +85,7 @@ class Service:
             if replies is not None and work.binary and work.is_whole and work.responses is None:
                 payload = replies.encode(work.id, start=outcome.start, samples=ticket.samples)
                 self._reply(work, payload)
+                _give_way()
                 continue
             result = outcome.result
             if isinstance(result, BaseException):
