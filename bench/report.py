@@ -43,15 +43,22 @@ _PROGRAMS = (
         "service, the other core reads, writes and asks. Where two cores of a virtual machine "
         "share one of the processor's, that alone slows the forward by up to a third: on the "
         "machine of 2026-11-28 two training processes were 1.2 to 1.7 times as fast as one "
-        "(`python -m bench.training.speed`); on that of 2026-11-24 the service, not yet compiled, "
-        "had 1.05 times the raw forward's rate and 1.02 through nginx.\n\n"
-        "Why an idle client waits longer than the forward takes in a loop: the same forward takes "
-        "half as long again in a worker that has slept; waking the inference thread and the event "
-        "loop takes 30 and 40 µs on a virtual machine; an echo server that does nothing at all "
-        "takes 40 to 60; the rest is Python that runs from a cold cache. Why a request takes more "
-        "CPU than the echo server's: by `perf`, of a request of the identity model a third is the "
-        "kernel's, which is all that the echo server has, two fifths are Python's own runtime "
-        "(objects, attributes and dictionaries, event loop) and a tenth the compiled service.",
+        "(`python -m bench.training.speed`), and the service had 0.87 of the raw forward's rate. "
+        "Between runs of one day it varies, too: on 2026-11-29 1.20, 1.07 and 0.93, as the raw "
+        "forward's did, from 12,100 to 19,300 a second.\n\n"
+        "Why an idle client waits longer than the forward takes in a loop: the rows at the end say "
+        "what the same forward takes after a sleep, and what an echo server that does nothing at "
+        "all takes through nginx; their sum is most of the bar. By time stamps in a worker, of "
+        "625 µs 35 were from the message to the forward, 345 the forward (235 to 275 in a loop in "
+        "the same run), 60 tensors in and out, 105 the answer, of which the kernel's send 64. "
+        "Tried on 2026-11-29 and not kept: a lone request run by the event loop itself (54 µs less "
+        "through nginx, none without), the same with an event loop that polls for 200 µs before it "
+        "sleeps (230 µs less, for a core that hardly ever sleeps), torch.compile (no faster for "
+        "one sample, 19 s to start).\n\n"
+        "Why a request takes more CPU than the echo server's: callgrind counts 45,600 instructions "
+        "for one of the identity model beside the kernel's (92,600 before 2026-11-29, when what is "
+        "the same for all of a batch was looked up for each, and constants of the compiled code in "
+        "dictionaries).",
     ),
     (
         "peers",
