@@ -63,9 +63,13 @@ _try() {
         return "$UNSERVED"
     fi
     _ports_are_free || return "$REFUSED"
-    _enter_the_hosts_network && clients_are_served "$probe" && return 0
-    printf '%s\n' "${lost-}"
-    grep -v '\[notice\]' "$apart/log/error.log" | tail -n 2 >&2
+    if ! _enter_the_hosts_network; then
+        say "the trial could not be started; the live configuration is as it was"
+        return "$REFUSED"
+    fi
+    clients_are_served "$probe" && return 0
+    printf '%s\n' "$lost"
+    _why >&2
     return "$UNSERVED"
 }
 
@@ -150,20 +154,31 @@ _ports_are_free() {
     done
 }
 
+# The master of the host's network takes the pid file of the other, whose name gets .oldbin, and loses
+# it again when it fails to start: only another number in the pid file, and no .oldbin, says that it
+# serves. Asked before it has begun to wait for signals, a master notes USR2 and sleeps on; asked
+# again, it ignores what it has begun already.
 _enter_the_hosts_network() {
-    local pid=$apart/nginx.pid
-    kill -USR2 "$(<"$pid")" || return 1
-    for _ in $(seq 100); do
-        if [[ -s $pid && -s $pid.oldbin ]]; then
-            kill -TERM "$(<"$pid.oldbin")"
-            break
+    local pid=$apart/nginx.pid first
+    first=$(<"$pid") || return 1
+    for _ in $(seq 200); do
+        if [[ ! -e $pid.oldbin ]]; then
+            [[ ! -s $pid || $(<"$pid") == "$first" ]] || return 0
+            kill -USR2 "$first" || break
+        elif [[ -s $pid ]]; then
+            kill -TERM "$first"
         fi
         sleep 0.05
     done
-    for _ in $(seq 100); do
-        [[ -e $pid.oldbin ]] || { [[ -s $pid ]] && return 0; }
-        sleep 0.05
-    done
-    say "nginx could not be started beside the live one"
+    say "nginx could not be started beside the live one; its error log says:"
+    _why >&2
     return 1
+}
+
+# What went wrong first: a back end that failed is left out from then on, and what is said of that
+# hides why.
+_why() {
+    local log=$apart/log/error.log
+    grep -v -e '\[notice\]' -e '\[warn\]' -e 'no live upstreams' "$log" | head -n 3 | grep . ||
+        grep -v '\[notice\]' "$log" | head -n 2
 }
