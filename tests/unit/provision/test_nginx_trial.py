@@ -64,3 +64,70 @@ def test_a_tool_that_is_missing_is_named(tmp_path: Path) -> None:
     )
     assert result.returncode == 3
     assert "the trial could not be started: ip is missing on this host; install it" in result.stderr
+
+
+# A master that acts on the request for another binary only when it is asked for the second time, as
+# nginx does that was asked before it waited for signals.
+MASTER = """
+pid=$1/nginx.pid asked=0 ended=''
+move() {
+    ((++asked > 1)) || return 0
+    mv "$pid" "$pid.oldbin"
+    if [[ $2 == ends ]]; then
+        echo '[emerg] its configuration went' >>"$1/log/error.log"
+        mv "$pid.oldbin" "$pid"
+    else
+        echo 1 >"$pid"
+    fi
+}
+trap 'move "$@"' USR2
+trap 'rm -f "$pid.oldbin"; ended=1' TERM
+echo $$ >"$pid"
+while [[ -z $ended ]]; do sleep 0.01; done
+"""
+
+
+def enter_the_hosts_network(folder: Path, new_binary: str) -> subprocess.CompletedProcess[str]:
+    (folder / "log").mkdir()
+    (folder / "log/error.log").write_text("1#1: [notice] start\n")
+    text = rendering.shell("nginx-trial.sh").replace("/run/gpu-gateway", str(folder))
+    master = subprocess.Popen(["bash", "-uc", MASTER, "master", str(folder), new_binary])
+    try:
+        # Until its pid is there, nobody could ask.
+        wait = 'until [[ -s $apart/nginx.pid ]]; do :; done; _enter_the_hosts_network'
+        return subprocess.run(
+            ["bash", "-uc", f"{text}\n{wait}"], capture_output=True, text=True, timeout=60
+        )
+    finally:
+        master.terminate()
+        master.wait(timeout=10)
+
+
+def test_a_master_that_did_not_hear_is_asked_again(tmp_path: Path) -> None:
+    result = enter_the_hosts_network(tmp_path, "lives")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "nginx.pid").read_text() == "1\n"
+    assert not (tmp_path / "nginx.pid.oldbin").exists()
+
+
+def test_a_master_that_took_its_place_back_does_not_serve(tmp_path: Path) -> None:
+    result = enter_the_hosts_network(tmp_path, "ends")
+    assert result.returncode == 1
+    assert "nginx could not be started beside the live one" in result.stderr
+    assert "[emerg] its configuration went" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ("[notice] a\n[warn] b\n[error] refused\n[error] no live upstreams\n", "[error] refused\n"),
+        ("[notice] a\n[error] no live upstreams\n", "[error] no live upstreams\n"),
+        ("[notice] a\n", ""),
+    ],
+)
+def test_what_failed_first_is_said(tmp_path: Path, log: str, said: str) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/error.log").write_text(log)
+    text = rendering.shell("nginx-trial.sh").replace("/run/gpu-gateway", str(tmp_path))
+    result = subprocess.run(["bash", "-uc", f"{text}\n_why"], capture_output=True, text=True)
+    assert result.stdout == said
