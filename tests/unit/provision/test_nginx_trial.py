@@ -94,7 +94,7 @@ def enter_the_hosts_network(folder: Path, new_binary: str) -> subprocess.Complet
     master = subprocess.Popen(["bash", "-uc", MASTER, "master", str(folder), new_binary])
     try:
         # Until its pid is there, nobody could ask.
-        wait = 'until [[ -s $apart/nginx.pid ]]; do :; done; _enter_the_hosts_network'
+        wait = "until [[ -s $apart/nginx.pid ]]; do :; done; _enter_the_hosts_network"
         return subprocess.run(
             ["bash", "-uc", f"{text}\n{wait}"], capture_output=True, text=True, timeout=60
         )
