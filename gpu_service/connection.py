@@ -22,7 +22,7 @@ from gpu_service.parameters import (
     sequence_of,
     timeout_of,
 )
-from gpu_service.protocol import decode_known, decode_message, quote
+from gpu_service.protocol import decode_anew, decode_known, quote
 from gpu_service.registry import Served
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class Connection:
         try:
             request = decode_known(message) if isinstance(message, bytes) else None
             if request is None:
-                decoded = decode_message(message)
+                decoded = decode_anew(message)
                 if isinstance(decoded, Cancel):
                     service.in_flight.dec()
                     self.caller.no_answer()

@@ -103,8 +103,12 @@ def decode_message(message: str | bytes) -> Request | Cancel:
     here (see `signature`). Raises ProtocolError with INVALID_ARGUMENT, and with the request's
     id wherever that can still be read.
     """
-    if isinstance(message, bytes) and (known := decode_known(message)) is not None:
-        return known
+    known = decode_known(message) if isinstance(message, bytes) else None
+    return decode_anew(message) if known is None else known
+
+
+def decode_anew(message: str | bytes) -> Request | Cancel:
+    """As `decode_message`, for a message of which `decode_known` said nothing."""
     parts = _split(message)
     wire = _parse(parts.header, REQUEST_DECODER)
     if wire.id is not None and len(wire.id) > MAX_ID_CHARS:
