@@ -39,6 +39,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One inference request. Every input includes the batch dimension: [n, …].
 
     `outputs` names those wanted, None means all. `binary` is how it came, and how to answer.
+    `layout` is one object for all requests that differ by their ids and values only; None: no
+    such object is known.
     """
 
     inputs: Mapping[str, NDArray[Any]]
@@ -48,6 +50,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     outputs: tuple[str, ...] | None = None
     parameters: Mapping[str, Scalar] = {}
     binary: bool = True
+    layout: object = None
 
 
 class Cancel(msgspec.Struct, frozen=True):

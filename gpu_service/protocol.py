@@ -173,7 +173,7 @@ class _Form:
         for name, dtype, offset, shape in self._tensors:
             inputs[name] = _ndarray(shape, dtype, frame, start + offset)
         if self._is_plain:
-            return _Request(inputs=inputs, id=request_id)
+            return _Request(inputs=inputs, id=request_id, layout=self)
         like = self._like
         return _Request(
             inputs=inputs,
@@ -182,9 +182,21 @@ class _Form:
             model_version=like.model_version,
             outputs=like.outputs,
             parameters=like.parameters,
+            layout=self,
         )
 
 
+class _Last:
+    """What was looked up last: most often the next one too, and comparing is less than hashing."""
+
+    __slots__ = ("form", "rest")
+
+    def __init__(self) -> None:
+        self.rest = b""
+        self.form: _Form | None = None
+
+
+_last: Final = _Last()
 _ndarray: Final[Any] = numpy.ndarray
 _Request: Final = Request
 
@@ -212,10 +224,12 @@ def decode_known(frame: bytes) -> Request | None:
     end = 4 + (frame[0] | frame[1] << 8 | frame[2] << 16 | frame[3] << 24)
     if end > _LONGEST_FORM or end > len(frame):
         return None
-    form = _known_forms.get(frame[end_of_id:end])
-    if form is None:
-        return None
-    return form.read(frame, frame[_ID_AT:end_of_id].decode("ascii"), end)
+    rest = frame[end_of_id:end]
+    form = _last.form
+    if rest != _last.rest:
+        form = _known_forms.get(rest)
+        _last.rest, _last.form = rest, form
+    return None if form is None else form.read(frame, frame[_ID_AT:end_of_id].decode("ascii"), end)
 
 
 def _end_of_id(frame: bytes) -> int:
@@ -247,7 +261,9 @@ def _remember(rest: bytes, request: Request, wires: Iterable[Tensor]) -> None:
     if len(_known_forms) >= _MOST_FORMS:
         _known_forms.clear()
     # Without the tensors, which would keep the frame.
-    _known_forms[rest] = _Form(msgspec.structs.replace(request, inputs={}), wires)
+    form = _Form(msgspec.structs.replace(request, inputs={}), wires)
+    _known_forms[rest] = form
+    _last.rest, _last.form = rest, form
 
 
 def decode_reply(message: str | bytes) -> Response | Failure | SessionInfo:

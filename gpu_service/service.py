@@ -10,6 +10,7 @@ from typing import Final
 from gpu_service import logs
 from gpu_service.batching import Ticket
 from gpu_service.connection import Caller, Connection, InFlight, Responses
+from gpu_service.counts import Distribution, Number
 from gpu_service.device import BrokenError, Tensors
 from gpu_service.finished import FinishedBatch
 from gpu_service.gil import give_way
@@ -45,11 +46,12 @@ class Service:
     ) -> None:
         self.registry = registry
         self.metrics = metrics
-        # Again, those that are counted for each request: here they are found at once.
-        self.in_flight = metrics.in_flight
-        self._ok = metrics.ok
-        self._queue_s = metrics.queue_s
-        self._total_s = metrics.total_s
+        # Again, those that are counted for each request: here they are found at once. Annotated,
+        # because `metrics` is not compiled, and its types are not known to the compiler.
+        self.in_flight: Number = metrics.in_flight
+        self._ok: Number = metrics.ok
+        self._queue_s: Distribution = metrics.queue_s
+        self._total_s: Distribution = metrics.total_s
         self.max_streams_per_connection = max_streams_per_connection
         self._telemetry = telemetry
         self._parameters = {"worker": worker}

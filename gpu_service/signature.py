@@ -58,14 +58,22 @@ class Fit:
             (spec.name, datatypes.NUMPY[spec.datatype], (1, *spec.shape)) for spec in model.inputs
         ]
         self._is_dynamic = any(DYNAMIC in spec.shape for spec in model.inputs)
+        # Of the last request that fitted.
+        self._layout: object = None
+        self._samples = 0
 
     def samples_in(self, request: Request) -> int:
         """The number n of samples in `request`; raises as `samples_in`."""
+        layout = request.layout
+        if layout is not None and layout is self._layout:
+            return self._samples
+        samples = 0
         if request.outputs is None and not self._is_dynamic:
             samples = self._samples_of(request.inputs)
-            if samples:
-                return samples
-        return samples_in(request, self._model)
+        if not samples:
+            samples = samples_in(request, self._model)
+        self._layout, self._samples = layout, samples
+        return samples
 
     def _samples_of(self, inputs: Mapping[str, NDArray[Any]]) -> int:
         """How many samples these are, if nothing is wrong with them; else 0."""

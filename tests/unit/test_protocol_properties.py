@@ -295,7 +295,8 @@ def told(message: str | bytes) -> tuple[object, ...]:
     arrays = [
         (name, array.dtype, array.shape, array.tobytes()) for name, array in decoded.inputs.items()
     ]
-    return arrays, *(getattr(decoded, name) for name in decoded.__struct_fields__[1:])
+    fields = (name for name in decoded.__struct_fields__ if name not in ("inputs", "layout"))
+    return arrays, *(getattr(decoded, name) for name in fields)
 
 
 # What may stand between the quotes of an id, right or wrong.
@@ -339,17 +340,47 @@ def headers_that_came_before(draw: st.DrawFn, request_id: bytes) -> tuple[bytes,
     return first, struct.pack("<I", len(header)) + header + values
 
 
+def forget_forms() -> None:
+    protocol._known_forms.clear()
+    protocol._last.rest, protocol._last.form = b"", None
+
+
 @pytest.mark.parametrize("request_id", IDS, ids=ascii)
 @settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_what_came_before_changes_nothing(request_id: bytes, data: st.DataObject) -> None:
     first, second = data.draw(headers_that_came_before(request_id))
-    protocol._known_forms.clear()
+    forget_forms()
     cold = told(second)
-    protocol._known_forms.clear()
+    forget_forms()
     told(first)
     assert told(second) == cold
     assert told(second) == cold
+
+
+@given(
+    a=st.sampled_from([(1, 2), (2, 1), (2,)]),
+    b=st.sampled_from([(1, 2), (2, 1), (2,)]),
+    wanted=st.sampled_from([None, ("y",)]),
+)
+def test_the_layout_tells_requests_apart_that_differ_by_more_than_id_and_values(
+    a: tuple[int, ...], b: tuple[int, ...], wanted: tuple[str, ...] | None
+) -> None:
+    forget_forms()
+    numbers = itertools.count()
+
+    def layout(shape: tuple[int, ...], outputs: tuple[str, ...] | None) -> object:
+        number = next(numbers)
+        inputs = {"x": numpy.full(shape, number, "<f4")}
+        frame = protocol.encode_request(Request(inputs=inputs, id=str(number), outputs=outputs))
+        return protocol.decode_request(frame).layout
+
+    assert layout(a, None) is None  # nobody sent such a one before
+    layout(b, wanted)
+    first = layout(a, None)
+    assert first is not None
+    assert (layout(b, wanted) is first) == (a == b and wanted is None)
+    assert layout(a, None) is first
 
 
 @st.composite

@@ -77,6 +77,24 @@ def test_a_request_that_does_not_fit_is_refused(request_: Request, message: str)
         assert caught.value.request_id == "7"
 
 
+def test_requests_of_one_layout_are_looked_at_once_and_others_are_looked_at() -> None:
+    fit = signature.Fit(MODEL)
+    four, two, wrong = object(), object(), object()
+    half = {name: array[:2] for name, array in inputs().items()}
+    for _ in range(2):
+        assert fit.samples_in(Request(inputs=inputs(), layout=four)) == 4
+        for _ in range(2):
+            with pytest.raises(ProtocolError, match="got none"):
+                fit.samples_in(Request(inputs={}, layout=wrong))
+            with pytest.raises(ProtocolError, match="got none"):
+                fit.samples_in(Request(inputs={}))
+        assert fit.samples_in(Request(inputs=half, layout=two)) == 2
+        assert fit.samples_in(Request(inputs=half)) == 2
+    # It is the layout that decides.
+    assert fit.samples_in(Request(inputs=inputs(), layout=two)) == 4
+    assert fit.samples_in(Request(inputs={}, layout=two)) == 4
+
+
 def test_metadata_shows_the_batch_dimension_and_the_labels() -> None:
     metadata = signature.metadata(MODEL)
     assert metadata["inputs"][0] == {"name": "a", "datatype": "FP32", "shape": [-1, 2, 3]}
