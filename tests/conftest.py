@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from filelock import FileLock
 from xdist.scheduler import LoadScopeScheduling
@@ -32,6 +33,10 @@ _GROUPS = {
     "deploy/test_zero_left.py": "more hosts",
     "training": "training",
 }
+
+# No test counts seconds: a machine may stand still for one.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

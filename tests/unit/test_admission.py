@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from websockets.datastructures import Headers
 
@@ -66,7 +66,6 @@ def test_a_refused_request_is_told_when_to_come_back(clock: Clock) -> None:
     assert client.take() == 0
 
 
-@settings(deadline=None)
 @given(rate=st.floats(0.01, 1000), pauses=st.lists(st.floats(0, 10), min_size=1, max_size=200))
 def test_no_pattern_of_requests_gets_more_than_the_rate(rate: float, pauses: list[float]) -> None:
     clock = Clock()

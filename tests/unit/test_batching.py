@@ -741,5 +741,5 @@ class Reality(RuleBasedStateMachine):
         assert all(ticket.state is not State.QUEUED for ticket in self.tickets)
 
 
-Reality.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Reality.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestWhateverHappens = Reality.TestCase

@@ -7,14 +7,13 @@ import hypothesis.extra.numpy as numpy_strategies
 import hypothesis.strategies as st
 import numpy
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from numpy.typing import NDArray
 
 from gpu_service import datatypes, protocol
 from gpu_service.messages import Cancel, ErrorCode, Failure, ProtocolError, Request, Response
 
 # How long an example takes says nothing on a machine that does other things, too.
-untimed = settings(deadline=None)
 
 scalars = st.one_of(
     st.text(max_size=8),
@@ -68,14 +67,12 @@ def on_wire(payload: bytes, *, binary: bool) -> str | bytes:
     return payload if binary else payload.decode()
 
 
-@untimed
 @given(requests(binary=True))
 def test_binary_requests_survive_the_round_trip(request: Request) -> None:
     frame = protocol.encode_request(request)
     assert same(protocol.decode_request(frame), request)
 
 
-@untimed
 @given(requests(binary=False))
 def test_text_requests_survive_the_round_trip(request: Request) -> None:
     text = protocol.encode_request(request).decode()
@@ -83,7 +80,6 @@ def test_text_requests_survive_the_round_trip(request: Request) -> None:
     assert same(decoded, request)
 
 
-@untimed
 @given(
     st.booleans(),
     ids,
@@ -109,7 +105,6 @@ def test_responses_survive_the_round_trip(
     assert same(protocol.decode_reply(on_wire(payload, binary=binary)), response)
 
 
-@untimed
 @given(st.booleans(), ids, st.text(), st.none() | st.integers(0, 10**6))
 def test_failures_survive_the_round_trip(
     binary: bool, request_id: str | None, message: str, retry_after_ms: int | None
@@ -130,7 +125,6 @@ def only_protocol_errors(message: str | bytes) -> None:
             assert len(error.message) < 1000
 
 
-@untimed
 @given(st.binary(max_size=200))
 @example(b"")
 @example(b"\x00\x00\x00\x00")
@@ -140,7 +134,6 @@ def test_arbitrary_bytes_raise_protocol_errors_only(message: bytes) -> None:
     only_protocol_errors(message)
 
 
-@untimed
 @given(st.text(alphabet=st.characters(), max_size=200))
 @example("\ud800")
 @example('{"id": "\\ud800", "inputs": []}')
@@ -153,7 +146,6 @@ def test_arbitrary_text_raises_protocol_errors_only(message: str) -> None:
     only_protocol_errors(message)
 
 
-@untimed
 @given(requests(binary=True), st.data())
 def test_damaged_frames_raise_protocol_errors_only(request: Request, data: st.DataObject) -> None:
     frame = bytearray(protocol.encode_request(request))
@@ -162,7 +154,6 @@ def test_damaged_frames_raise_protocol_errors_only(request: Request, data: st.Da
     only_protocol_errors(bytes(frame[: data.draw(st.integers(0, len(frame)))]))
 
 
-@untimed
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -299,7 +290,6 @@ def test_tensors_are_views_into_the_frame() -> None:
         assert numpy.shares_memory(decoded.inputs[name], whole)
 
 
-@untimed
 @given(st.text(max_size=20), st.integers(0, 9), st.integers(0, 9))
 def test_every_tensor_starts_at_a_multiple_of_8(request_id: str, first: int, second: int) -> None:
     inputs = {"a": numpy.ones(first, "u1"), "b": numpy.full(second, 2, "u1")}

@@ -34,8 +34,6 @@ from gpu_service.messages import (
 )
 from tests.service.test_wire import BINARY, CLOSE, CONT, PING, PONG, TEXT, ws
 
-untimed = settings(deadline=None)
-
 # The most that decoding takes, in bytes for each byte of the message, beside FIXED_BYTES. Text of
 # lists in lists costs most: a Python list of 64 bytes for the two of "[]".
 TEXT_COST, BINARY_COST, FIXED_BYTES = 32, 24, 32_768
@@ -109,7 +107,6 @@ def test_what_a_session_begins_with_survives(info: SessionInfo) -> None:
     assert protocol.decode_reply(protocol.encode_session(info).decode()) == info
 
 
-@untimed
 @given(
     st.booleans(), st.integers(0, 2**31), st.booleans(), st.dictionaries(st.text("ab"), st.text())
 )
@@ -160,7 +157,6 @@ def decoded_text(shape: list[int], data: Any, datatype: str, **form: Any) -> Any
         return error.code
 
 
-@untimed
 @given(nested(), st.sampled_from(["BOOL", "UINT8", "INT32", "FP16", "FP64"]))
 @example(([1, 1], [[1]], [1]), "UINT8")
 @example(([2, 1], [[True], [False]], [True, False]), "BOOL")
@@ -177,7 +173,6 @@ def test_nested_data_mean_what_flat_data_mean(
         assert all(same_arrays(forms[0], form) for form in forms)
 
 
-@untimed
 @given(nested(), st.data())
 def test_rows_that_do_not_fit_the_shape_are_refused(
     data: tuple[list[int], Any, list[Any]], draw: st.DataObject
@@ -188,7 +183,6 @@ def test_rows_that_do_not_fit_the_shape_are_refused(
     assert decoded_text(other, rows, "FP64") is ErrorCode.INVALID_ARGUMENT
 
 
-@untimed
 @given(nested())
 def test_text_and_binary_mean_the_same(data: tuple[list[int], Any, list[Any]]) -> None:
     shape, _, flat = data
@@ -251,7 +245,6 @@ def refusal(decode: Callable[[str | bytes], Any], message: str | bytes) -> Proto
     return None
 
 
-@untimed
 @given(damaged() | st.text(max_size=50) | st.binary(max_size=50))
 def test_every_refusal_is_short_and_can_be_sent(message: str | bytes) -> None:
     for decode in (protocol.decode_message, protocol.decode_reply):
@@ -266,7 +259,6 @@ def test_every_refusal_is_short_and_can_be_sent(message: str | bytes) -> None:
             assert protocol.decode_reply(payload if binary else payload.decode()) == failure
 
 
-@untimed
 @given(damaged())
 def test_what_is_accepted_although_damaged_can_be_sent_on(message: str | bytes) -> None:
     try:
@@ -346,7 +338,7 @@ def forget_forms() -> None:
 
 
 @pytest.mark.parametrize("request_id", IDS, ids=ascii)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_what_came_before_changes_nothing(request_id: bytes, data: st.DataObject) -> None:
     first, second = data.draw(headers_that_came_before(request_id))
@@ -397,7 +389,6 @@ def batches(draw: st.DrawFn) -> tuple[dict[str, NDArray[Any]], list[int]]:
     return outputs, counts
 
 
-@untimed
 @given(batches(), st.none() | st.text(max_size=9))
 def test_replies_of_a_batch_are_those_that_each_would_get(
     batch: tuple[dict[str, NDArray[Any]], list[int]], request_id: str | None
@@ -543,7 +534,6 @@ def test_decoding_takes_a_bounded_multiple_of_the_message(
     assert peak_of(decode, frame) <= BINARY_COST * len(encoded) + FIXED_BYTES
 
 
-@untimed
 @given(damaged())
 def test_damaged_messages_take_a_bounded_multiple_too(message: str | bytes) -> None:
     size = len(message) if isinstance(message, bytes) else len(message.encode(errors="replace"))
@@ -636,7 +626,6 @@ def cut(stream: bytes, at: list[int]) -> list[bytes]:
 places = st.lists(st.integers(0, 2000), max_size=12)
 
 
-@untimed
 @given(st.lists(frames(), max_size=8), st.sampled_from([b"", b"Sec-WebSocket-Protocol: "]), places)
 @example([ws(BINARY, bytes(4))] * 600, b"", [])  # more than a session looks at in one turn
 @example([ws(PING, b"")] * 600, b"", [7, 300])
@@ -653,7 +642,6 @@ async def test_a_session_does_not_care_how_its_bytes_are_cut(
     assert whole.startswith(b"HTTP/1.1 101 ")
 
 
-@untimed
 @given(st.lists(frames(), max_size=8), places, st.sets(st.integers(0, 12)))
 async def test_a_session_does_not_care_when_it_is_read(
     sent: list[bytes], at: list[int], clogged: set[int]
@@ -663,7 +651,6 @@ async def test_a_session_does_not_care_when_it_is_read(
     assert await driver.drive(cut(stream, at), clogged=clogged) == whole
 
 
-@untimed
 @given(st.binary(max_size=300), places)
 @example(b"\r\n\r\n", [1, 2, 3])
 @example(b"GET / HTTP/1.1\r\n\r\n" + ws(TEXT, b"{}"), [3])

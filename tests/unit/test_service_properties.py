@@ -10,7 +10,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 
 from fuzz import targets, world
 
@@ -27,7 +27,6 @@ def whole(sequence_id: int, **more: Any) -> dict[str, Any]:
     return {"sequence_id": sequence_id, "sequence_start": True, "sequence_end": True, **more}
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 @example(bytes([1, 0, 0, 79, 141]))
 @example(bytes([1, 0, 2, 2, 92, 63, 1, 0, 29, 2, 223, 0, 1, 154, 156, 169]))
