@@ -155,18 +155,19 @@ _ports_are_free() {
 }
 
 # The master of the host's network takes the pid file of the other, whose name gets .oldbin, and loses
-# it again when it fails to start: only another number in the pid file, and no .oldbin, says that it
-# serves. Asked before it has begun to wait for signals, a master notes USR2 and sleeps on; asked
-# again, it ignores what it has begun already.
+# it again when it fails to start: only another number in the pid file, and no .oldbin after that, says
+# that it alone serves. Asked before it has begun to wait for signals, a master notes USR2 and sleeps
+# on; asked again, it ignores what it has begun already.
 _enter_the_hosts_network() {
-    local pid=$apart/nginx.pid first
+    local pid=$apart/nginx.pid first now
     first=$(<"$pid") || return 1
     for _ in $(seq 200); do
-        if [[ ! -e $pid.oldbin ]]; then
-            [[ ! -s $pid || $(<"$pid") == "$first" ]] || return 0
+        now=$(cat "$pid" 2>/dev/null)
+        if [[ -n $now && $now != "$first" ]]; then
+            [[ -e $pid.oldbin ]] || return 0
+            kill -TERM "$first" 2>/dev/null
+        elif [[ ! -e $pid.oldbin ]]; then
             kill -USR2 "$first" || break
-        elif [[ -s $pid ]]; then
-            kill -TERM "$first"
         fi
         sleep 0.05
     done
