@@ -76,7 +76,7 @@ class Echo:
         assert self._caller is not None, "connect() comes first"
         binary = isinstance(message, bytes)
         payload = message if isinstance(message, bytes) else message.encode()
-        self._caller.answer(payload, binary=binary, final=True)
+        self._caller.answer([payload], binary=binary, final=True)
 
     def unclog(self) -> None:
         pass

@@ -176,7 +176,7 @@ class Mirror:
 
     def _refuse(self, request_id: str | None, code: str, message: str, *, binary: bool) -> None:
         failure = Failure(id=request_id, code=code, message=message)
-        self._caller.answer(encode_failure(failure, binary=binary), binary=binary, final=True)
+        self._caller.answer([encode_failure(failure, binary=binary)], binary=binary, final=True)
 
     def _answer(self, request: Request) -> None:
         response = Response(
@@ -187,7 +187,7 @@ class Mirror:
         except ProtocolError as error:
             self._refuse(request.id, error.code, error.message, binary=request.binary)
             return
-        self._caller.answer(payload, binary=request.binary, final=True)
+        self._caller.answer([payload], binary=request.binary, final=True)
 
 
 def session(*, host: Any, service: Any, limits: Limits = LIMITS) -> Session:

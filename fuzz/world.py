@@ -147,8 +147,9 @@ class Client:
         self.unanswered += 1
         self.connection.receive(message)
 
-    def answer(self, payload: bytes, *, binary: bool, final: bool) -> None:
+    def answer(self, pieces: list[Any], *, binary: bool, final: bool) -> None:
         assert self.is_open, "answered after it had gone"
+        payload = b"".join(pieces)
         reply = decode_reply(payload if binary else payload.decode())
         assert isinstance(reply, Response | Failure)
         if isinstance(reply, Failure):

@@ -7,7 +7,7 @@ the event loop; no sockets.
 
 import math
 import time
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from gpu_service.batching import QueueFullError, RequestTooLargeError, State, Ticket
 from gpu_service.device import Stream, StreamsFullError, Tensors
@@ -52,8 +52,12 @@ class Caller(Protocol):
     def trace_parent(self) -> str | None:
         """What the handshake's `traceparent` said."""
 
-    def answer(self, payload: bytes, *, binary: bool, final: bool) -> None:
-        """Take one reply (binary, else UTF-8 text); `final`: it ends what it answers."""
+    def answer(self, pieces: list[Any], *, binary: bool, final: bool) -> None:
+        """Take one reply (binary, else UTF-8 text); `final`: it ends what it answers.
+
+        `pieces` are buffers of bytes that follow one another, read before this returns; the list
+        is the callee's.
+        """
 
     def no_answer(self) -> None:
         """The message that was just received gets no answer of its own."""

@@ -628,8 +628,12 @@ class BatchReplies:
         self._frames = frames
         self._values = [_bytes_of(array) for array in outputs.values()]
 
-    def encode(self, request_id: str | None, *, start: int, samples: int) -> bytes:
-        """The binary message with rows `start` to `start + samples` of each output."""
+    def encode(self, request_id: str | None, *, start: int, samples: int) -> list[Any]:
+        """The binary message with rows `start` to `start + samples` of each output.
+
+        As buffers one after another, of bytes each: who sends them copies them together with what
+        goes before. Valid for as long as the outputs are.
+        """
         frame = self._frames.get(samples)
         if frame is None:
             frame = self._frames[samples] = self._form.frame_of(self._outputs, samples)
@@ -648,20 +652,19 @@ class _RowsFrame:
         self._paddings = [_PADDING[: -size % _ALIGNMENT] for size in sizes]
         self._edges: dict[int, tuple[bytes, bytes]] = {}  # by the length of the id
 
-    def around(self, request_id: bytes, values: list[memoryview], start: int) -> bytes:
-        """The message, of an id as JSON and the rows of each output from `start` on."""
+    def around(self, request_id: bytes, values: list[memoryview], start: int) -> list[Any]:
+        """The message's buffers, of an id as JSON and the rows of each output from `start` on."""
         edges = self._edges.get(len(request_id))
         if edges is None:
             edges = self._edges[len(request_id)] = self._edges_of(len(request_id))
         pieces: list[Any] = [edges[0], request_id, edges[1]]
         for number, view in enumerate(values):
             at = start * self._row_sizes[number]
-            # Buffers: the join below is the only copy.
             pieces.append(view[at : at + self._sizes[number]])
             padding = self._paddings[number]
             if padding:
                 pieces.append(padding)
-        return b"".join(pieces)
+        return pieces
 
     def _edges_of(self, length: int) -> tuple[bytes, bytes]:
         """The header before and after an id of `length` bytes, and how long it is."""

@@ -5,7 +5,7 @@ takes them. On the event loop; results come from the inference thread through th
 """
 
 import time
-from typing import Final
+from typing import Any, Final
 
 from gpu_service import logs
 from gpu_service.batching import Ticket
@@ -85,8 +85,8 @@ class Service:
                 whole = outcome.whole
                 replies = self._replies(work.served, whole)
             if replies is not None and work.binary and work.is_whole and work.responses is None:
-                payload = replies.encode(work.id, start=outcome.start, samples=ticket.samples)
-                self._reply(work, payload)
+                pieces = replies.encode(work.id, start=outcome.start, samples=ticket.samples)
+                self._reply(work, pieces)
                 _give_way()
                 continue
             result = outcome.result
@@ -120,7 +120,7 @@ class Service:
         self, failure: Failure, reason: Reason, caller: Caller, *, binary: bool
     ) -> None:
         """End a message with an error."""
-        caller.answer(encode_failure(failure, binary=binary), binary=binary, final=True)
+        caller.answer([encode_failure(failure, binary=binary)], binary=binary, final=True)
         self.in_flight.dec()
         self.metrics.ended(failure.code, reason)
 
@@ -141,12 +141,12 @@ class Service:
     def _succeeded(self, work: InFlight, outputs: Tensors) -> None:
         payload = self._encoded(work, outputs)
         if payload is not None:
-            self._reply(work, payload)
+            self._reply(work, [payload])
 
-    def _reply(self, work: InFlight, payload: bytes) -> None:
+    def _reply(self, work: InFlight, pieces: list[Any]) -> None:
         connection = work.connection
         connection.forget(work)
-        connection.caller.answer(payload, binary=work.binary, final=True)
+        connection.caller.answer(pieces, binary=work.binary, final=True)
         self._count(work)
 
     def _go_on(self, work: InFlight, responses: Responses, outputs: Tensors) -> None:
@@ -161,7 +161,7 @@ class Service:
         responses.index += 1
         if final:
             work.connection.forget(work)
-        work.connection.caller.answer(payload, binary=work.request.binary, final=final)
+        work.connection.caller.answer([payload], binary=work.request.binary, final=final)
         if final:
             self._count(work)
             return

@@ -16,7 +16,7 @@ import struct
 import time
 from collections.abc import Callable
 from http import HTTPStatus
-from typing import Final, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 import msgspec
 from websockets.frames import CloseCode, Frame, Opcode
@@ -66,8 +66,9 @@ _END_OF_REQUEST = b"\r\n\r\n"
 _HEAD_2: Final = struct.Struct(">BBH")
 _HEAD_8: Final = struct.Struct(">BBQ")
 
-# Up to here a copy is cheaper than a second piece to write.
+# Up to here a copy is cheaper than a second piece to write; and many pieces are copied in any case.
 _JOINED_BYTES: Final = 16384
+_FEW_PIECES: Final = 2
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -262,10 +263,10 @@ class Session:
         """Whether replies wait because the client does not read them."""
         return self._writing_paused
 
-    def answer(self, payload: bytes, *, binary: bool, final: bool) -> None:
+    def answer(self, pieces: list[Any], *, binary: bool, final: bool) -> None:
         """Write a reply."""
         if self._is_talking:
-            self._write(payload, _WHOLE_BINARY if binary else _WHOLE_TEXT)
+            self._write(pieces, _WHOLE_BINARY if binary else _WHOLE_TEXT)
         if not final:
             return
         if self._writing_paused:
@@ -429,7 +430,7 @@ class Session:
         greeting = self._host.greeting(self)
         if greeting is not None:
             self._flush()  # the answer to the handshake comes first
-            self._write(greeting, _WHOLE_TEXT)
+            self._write([greeting], _WHOLE_TEXT)
 
     def _on_frame(self, frame: Frame) -> None:
         match frame.opcode:
@@ -481,7 +482,7 @@ class Session:
         if self._client is not None and (wait_s := self._client.take()):
             refusal = self._host.over_rate(message, wait_s)
             if refusal is not None:
-                self.answer(refusal, binary=not is_text, final=True)
+                self.answer([refusal], binary=not is_text, final=True)
                 return
         self._requests.receive(message)
 
@@ -506,19 +507,16 @@ class Session:
 
     # ------------------------------------------------------------------ writing and timers
 
-    def _write(self, payload: bytes, first: int) -> None:
-        length = len(payload)
+    def _write(self, pieces: list[Any], first: int) -> None:
+        length = 0
+        for piece in pieces:
+            length += len(piece)
         self._bytes_sent += length
-        if length < _LENGTH_IN_2:
-            head = bytes((first, length))
-        elif length < 1 << 16:
-            head = _head_2(first, length)
+        pieces.insert(0, _head(first, length))
+        if length <= _JOINED_BYTES or len(pieces) > _FEW_PIECES:
+            self._transport.write(b"".join(pieces))
         else:
-            head = _HEAD_8.pack(first, _LENGTH_IN_8, length)
-        if length <= _JOINED_BYTES:
-            self._transport.write(head + payload)
-        else:
-            self._transport.writelines((head, payload))
+            self._transport.writelines(pieces)
 
     def _flush(self) -> None:
         """Send what the core has to say, and see that a connection that it ends does end."""
@@ -564,18 +562,31 @@ class Session:
         self._flush()
 
 
-# By length and kind: most replies of a model are as long as one another.
-_heads_2: Final[dict[int, bytes]] = {}
-_MOST_HEADS: Final = 1024
+class _LastHead:
+    """The head made last: most replies of a model are as long as one another."""
+
+    __slots__ = ("first", "head", "length")
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.length = 0
+        self.head = b""
 
 
-def _head_2(first: int, length: int) -> bytes:
-    """The head of a frame whose length takes two bytes."""
-    head = _heads_2.get(first << 16 | length)
-    if head is None:
-        if len(_heads_2) >= _MOST_HEADS:
-            _heads_2.clear()
-        head = _heads_2[first << 16 | length] = _HEAD_2.pack(first, _LENGTH_IN_2, length)
+_last: Final = _LastHead()
+
+
+def _head(first: int, length: int) -> bytes:
+    """The head of a frame with that first byte and length of its payload."""
+    if first == _last.first and length == _last.length:
+        return _last.head
+    if length < _LENGTH_IN_2:
+        head = bytes((first, length))
+    elif length < 1 << 16:
+        head = _HEAD_2.pack(first, _LENGTH_IN_2, length)
+    else:
+        head = _HEAD_8.pack(first, _LENGTH_IN_8, length)
+    _last.first, _last.length, _last.head = first, length, head
     return head
 
 
