@@ -53,7 +53,9 @@ class BatchOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Engine(Protocol):
-    """A model on its device. Once it serves, all calls come from the inference thread."""
+    """A model on its device. Once it serves, one thread at a time calls it: the inference thread,
+    or for a batch of up to `quick_batch` samples the event loop's.
+    """
 
     @property
     def model(self) -> ModelInfo:
@@ -71,6 +73,14 @@ class Engine(Protocol):
     @property
     def best_batch(self) -> int:
         """Samples of the batch that is the fastest a sample; fixed. 0: not known."""
+        return 0
+
+    @property
+    def quick_batch(self) -> int:
+        """Samples of the largest batch that is quicker run than handed to another thread; fixed.
+
+        0: none. The event loop runs those itself, and does nothing else meanwhile.
+        """
         return 0
 
     @property

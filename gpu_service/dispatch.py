@@ -1,19 +1,21 @@
 """The one inference thread, and the way of requests to it and back.
 
 Owns that thread and, under its lock, one queue for each model in front of the device. The thread
-alone runs the engines. Everything else here is called on the event loop, which is woken once per
-finished batch. The thread survives every exception of an engine.
+alone runs the engines, but for what is quicker run than handed over: while it is idle, the event
+loop runs that itself. Everything else here is called on the event loop, which is woken once per
+finished batch. Thread and loop survive every exception of an engine.
 
 One process serves one device: several devices are several workers, which do not share a GIL.
 """
 
 import asyncio
 import math
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from gpu_service import logs
 from gpu_service.batches import Events, Limits, Work
@@ -24,11 +26,18 @@ from gpu_service.finished import FinishedBatch, Outcome
 # So many batches in a row of which nothing succeeded make the device suspect.
 _SUSPICIOUS_BATCHES = 3
 
+# What the event loop runs itself takes less than half a millisecond, by the warm-up. Where more
+# than one in a hundred takes so long, the warm-up was wrong, and all connections wait for it.
+_SLOW_HERE_S = 0.005
+_PATIENCE = 3.0
+_PATIENCE_REGAINED = 0.01
+
 # Where batches are quick, the event loop takes the next one while one runs: the device would have
 # to wait for it. Where they are slow, that gains nothing, and more urgent requests would wait for
 # a batch more.
 _TAKEN_AHEAD_BELOW_S = 0.02
 
+_sched_yield: Final = os.sched_yield
 
 W = TypeVar("W", bound=Work)
 A = TypeVar("A")
@@ -45,6 +54,7 @@ class Channel(Generic[W]):
         self._lock = dispatcher.lock
         self._events = events
         self._timers: dict[Ticket[W], asyncio.TimerHandle] = {}
+        self._patience = 0.0 if dispatcher.thread_only else _PATIENCE
         # Guarded by the lock:
         self.queue: Queue[W] = Queue(
             max_batch=limits.max_batch,
@@ -57,7 +67,7 @@ class Channel(Generic[W]):
         self.is_closing = False
         self._free_slots = list(reversed(range(engine.max_streams)))
         self._leaving: set[Stream] = set()
-        # The inference thread's:
+        # Of who runs the engine:
         self.in_vain = 0  # batches in a row of which nothing succeeded
 
     def submit(
@@ -127,8 +137,21 @@ class Channel(Generic[W]):
         """How many samples wait for the device."""
         return self.queue.samples
 
+    def is_quick(self) -> bool:
+        """Whether all that is queued is quicker run by the event loop than handed over."""
+        return self._patience > 0 and self.queue.samples <= self.engine.quick_batch
+
+    def ran_here(self, duration_s: float) -> None:
+        """Learn how long the event loop was kept by a batch of this model."""
+        if duration_s <= _SLOW_HERE_S:
+            self._patience = min(_PATIENCE, self._patience + _PATIENCE_REGAINED)
+            return
+        self._patience -= 1
+        if self._patience <= 0:
+            logs.info("not_quick", model=self.engine.model.name, duration_s=round(duration_s, 6))
+
     def left(self, tickets: Sequence[Ticket[W]]) -> None:
-        """A batch has left the device. Called with the lock held, by the inference thread."""
+        """A batch has left the device. Called with the lock held."""
         self.queue.left(tickets)
         self._free_places([ticket.stream for ticket in tickets])
 
@@ -150,6 +173,7 @@ class Channel(Generic[W]):
                 self._stop_timer(outcome.ticket)
         batch.outcomes = wanted
         self._events.on_batch(batch)
+        self._dispatcher.stay_awake()
 
     def _expire(self, ticket: Ticket[W]) -> None:
         del self._timers[ticket]
@@ -225,7 +249,9 @@ class Dispatcher(Generic[W]):
     """Runs the requests of all models in batches on one device.
 
     Life: `start` on the event loop, `add` models, `close`. `on_thread` is what the inference
-    thread does first.
+    thread does first; with `thread_only` no batch runs anywhere else, however quick it is. Where
+    the device is asked again within `busy_poll_s`, the idle event loop polls for so long instead
+    of going to sleep.
     """
 
     def __init__(
@@ -233,9 +259,16 @@ class Dispatcher(Generic[W]):
         *,
         clock: Callable[[], float] = time.monotonic,
         on_thread: Callable[[], None] = lambda: None,
+        thread_only: bool = False,
+        busy_poll_s: float = 0.0,
     ) -> None:
         self.clock = clock
         self._on_thread = on_thread
+        self.thread_only = thread_only
+        self._busy_poll_s = busy_poll_s
+        self._idle_since = -math.inf  # when all that had run was answered
+        self._is_asked_soon = False  # the last request came while polling would have noticed it
+        self._is_polling = False
         self.lock = threading.Lock()  # guards the queues and what follows
         self._changed = threading.Condition(self.lock)
         self._channels: list[Channel[W]] = []
@@ -307,17 +340,67 @@ class Dispatcher(Generic[W]):
             self._inference.join(timeout_s)
         return not self._inference.is_alive()
 
+    def stay_awake(self) -> None:
+        """All that ran is answered. Poll for a while, if requests lately came so soon: the next
+        one then finds nobody asleep.
+        """
+        if self._busy_poll_s:
+            self._idle_since = self.clock()
+            if self._is_asked_soon and not self._is_polling and self._loop is not None:
+                self._is_polling = True
+                self._loop.call_soon(self._poll)
+
+    def _poll(self) -> None:
+        # Not while the thread works: it would have to wait for the GIL.
+        if self._is_idle and self._loop is not None and self._idle_s() < self._busy_poll_s:
+            _sched_yield()  # whoever else needs this core comes first
+            self._loop.call_soon(self._poll)
+        else:
+            self._is_polling = False
+
+    def _idle_s(self) -> float:
+        return self.clock() - self._idle_since
+
     def _flush(self) -> None:
         self._flush_scheduled = False
+        if self._busy_poll_s:
+            self._is_asked_soon = self._idle_s() < self._busy_poll_s
         with self.lock:
-            if self._is_idle:
-                self._changed.notify()
-            else:
+            if not self._is_idle:
                 self.take_ahead()
+                return
+            batch = self._take_quick()
+            if batch is None:
+                self._changed.notify()
+                return
+            # With the lock, so that the thread runs nothing meanwhile.
+            started_at = self.clock()
+            self._launch(batch)
+            self._conclude(batch)
+            batch.channel.left(batch.tickets)
+        batch.channel.ran_here(self.clock() - started_at)
+        batch.channel.deliver(batch)
+        self._suspect(batch)
+        if self._is_waited_for():
+            self.wake()
+
+    def _take_quick(self) -> _Batch[W] | None:
+        """All that waits for the one model, if that is quicker run than handed over."""
+        if self._ahead is not None or self._closing:
+            return None
+        channel = next(self._due(), None)
+        if channel is None or not channel.is_quick():
+            return None
+        tickets = channel.queue.take()
+        return _Batch(channel, tickets) if tickets else None
+
+    def _is_waited_for(self) -> bool:
+        """Whether anything is queued: the event loop alone adds to it, so no lock is needed."""
+        return any(channel.queue.samples for channel in self._channels)
 
     def take_ahead(self) -> None:
         """Take a full batch while another one runs. Called with the lock held."""
-        if self._ahead is not None or self._closing:
+        if self._ahead is not None or self._closing or self._is_idle:
             return
         # Who has waited longest is next, or it would wait for ever behind a busier one.
         channel = next(self._due(), None)
@@ -345,16 +428,20 @@ class Dispatcher(Generic[W]):
 
     def _finish(self, batch: _Batch[W]) -> None:
         channel = batch.channel
-        try:
-            batch.outcome = _outcome(batch, beat=self._beat)
-        except Exception as error:  # a bug here must not end all service
-            logs.error("inference_thread_error", cause=error)
-            batch.outcome = _failed(batch.tickets, error)
+        self._conclude(batch)
         if channel.engine.max_streams:
             with self.lock:
                 channel.left(batch.tickets)
         self._call(channel.deliver, batch)
         self._suspect(batch)
+
+    def _conclude(self, batch: _Batch[W]) -> None:
+        """Wait for the end of a batch that was launched."""
+        try:
+            batch.outcome = _outcome(batch, beat=self._beat)
+        except Exception as error:  # a bug here must not end all service
+            logs.error("inference_error", cause=error)
+            batch.outcome = _failed(batch.tickets, error)
 
     def _suspect(self, batch: _Batch[W]) -> None:
         """Look whether it is the device that fails, once nothing succeeds any more."""

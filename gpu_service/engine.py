@@ -5,14 +5,13 @@ thread loads models; once an engine serves, the inference thread alone calls it 
 Of a worker that serves, only this module and the networks in `models/` import torch.
 """
 
-import contextlib
 import functools
 import itertools
 import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +34,10 @@ _TIMED_S = 3.0
 # What a batch costs beside its run: to be taken, handed over and waited for. Without it, the
 # choice of a good size would be between a large batch and twice the hand-overs for nothing.
 _HAND_OVER_S = 0.0002
+
+# The event loop itself runs a batch that takes less: handing it to a thread and back takes 0.05 to
+# 0.1 ms. What arrives meanwhile waits for the device in any case.
+_QUICK_S = 0.0005
 
 # The share of a batch's time that the fused form may take at most, for it has weights of its own.
 _WORTH_FUSING = 0.95
@@ -137,6 +140,11 @@ class TorchEngine:
     ) -> None:
         self._network = network.to(device)
         self._fused = fused
+        self._run_network, self._run_fused = _called(self._network), _called(fused)
+        # Made once: each costs as much as an operation of torch. Nothing here runs twice at a time.
+        self._inference = torch.inference_mode()
+        self._first_input = info.inputs[0].name
+        self._output_names = [spec.name for spec in info.outputs]
         self._fused_from: float = math.inf
         self._info = info
         self._device = device
@@ -144,6 +152,7 @@ class TorchEngine:
         self._examples = examples or {}
         self._good_batch = max_batch
         self._best_batch = max_batch
+        self._quick_batch = 0
         self._cuda = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._graphs: dict[int, _Graph] = {}
         self._hosts: list[_Host] = []
@@ -182,6 +191,11 @@ class TorchEngine:
         return self._best_batch
 
     @property
+    def quick_batch(self) -> int:
+        """Samples of the largest batch that the event loop may run itself."""
+        return self._quick_batch
+
+    @property
     def max_streams(self) -> int:
         """How many sequences may hold state at once."""
         return self._max_streams
@@ -214,6 +228,7 @@ class TorchEngine:
         """Give the memory back."""
         self._graphs.clear()
         self._network = self._fused = torch.nn.Identity()
+        self._run_network = self._run_fused = self._network
         for buffers in (self._state, self._state_in, self._on_device, self._hosts):
             buffers.clear()
         if self._cuda is not None:
@@ -223,7 +238,6 @@ class TorchEngine:
         """Inputs [k, …] by name for each request → outputs [n, …], n being the sum of all k."""
         return self.launch(requests, [None] * len(requests))()
 
-    @torch.inference_mode()
     def launch(
         self, requests: Sequence[Tensors], streams: Sequence[Stream | None]
     ) -> Callable[[], BatchOutput]:
@@ -233,24 +247,32 @@ class TorchEngine:
         the same in all requests. Raises whatever the model raises, and ValueError for outputs
         that are not as declared.
         """
+        if self._cuda is None:
+            with self._inference:
+                return self._begin(requests, streams)
+        with self._inference, torch.cuda.stream(self._cuda):
+            return self._begin(requests, streams)
+
+    def _begin(
+        self, requests: Sequence[Tensors], streams: Sequence[Stream | None]
+    ) -> Callable[[], BatchOutput]:
         started = time.perf_counter()
-        counts = [len(inputs[self._info.inputs[0].name]) for inputs in requests]
+        counts = [len(inputs[self._first_input]) for inputs in requests]
         samples = sum(counts)
-        with _on(self._cuda):
-            batch = self._inputs(requests, samples)
-            size = len(batch[0])
-            rows = self._rows(streams, counts, size) if self._state else None
-            copied = self._mark()
-            results = self._forward(batch, rows, size)
-            outputs = results[: len(self._info.outputs)]
-            if size != samples:
-                outputs = tuple([tensor[:samples] for tensor in outputs])
-            _check(outputs, self._info.outputs, samples)
-            inferred = self._mark()
-            fetch = self._fetch(outputs, started, copied, inferred)
-            if rows is not None:  # last: what fails before it changes no state
-                self._keep(results[len(outputs) :], rows, streams)
-            return fetch
+        batch = self._inputs(requests, samples)
+        size = len(batch[0])
+        rows = self._rows(streams, counts, size) if self._state else None
+        copied = self._mark()
+        results = self._forward(batch, rows, size)
+        outputs = results[: len(self._output_names)]
+        if size != samples:
+            outputs = tuple([tensor[:samples] for tensor in outputs])
+        _check(outputs, self._info.outputs, samples)
+        inferred = self._mark()
+        fetch = self._fetch(outputs, started, copied, inferred)
+        if rows is not None:  # last: what fails before it changes no state
+            self._keep(results[len(outputs) :], rows, streams)
+        return fetch
 
     def warm_up(self) -> None:
         """Run each bucket, so that no client waits for kernels to be chosen or loaded.
@@ -269,8 +291,16 @@ class TorchEngine:
         seconds = {n: (fused if n >= self._fused_from else plain)[n] + _HAND_OVER_S for n in sizes}
         self._good_batch = good_batch(seconds)
         self._best_batch = min(sizes, key=lambda size: seconds[size] / size)
+        if self._may_be_quick():
+            self._quick_batch = quick_batch(plain)
         if self._fused_from == math.inf:
-            self._fused = None  # with its copy of the weights
+            self._fused = self._run_fused = None  # with its copy of the weights
+
+    def _may_be_quick(self) -> bool:
+        """Not on a GPU, which is waited for; nor with threads of torch's, of which a second caller
+        would have a second team; nor with sizes that only the requests know.
+        """
+        return self._cuda is None and torch.get_num_threads() == 1 and not _is_dynamic(self._info)
 
     def _timed(self, sizes: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
         """Seconds of a batch by size, of the network and of its fused form if there is one.
@@ -394,10 +424,10 @@ class TorchEngine:
                 torch.index_select(state, 0, rows, out=buffer[:size])
         elif rows is not None:
             states = [state.index_select(0, rows) for state in self._state]
-        network = self._network if size < self._fused_from else self._fused
-        assert network is not None
-        results = graph.replay() if graph else _as_tuple(network(*batch, *states))
-        expected = len(self._info.outputs) + len(self._state)
+        run = self._run_network if size < self._fused_from else self._run_fused
+        assert run is not None
+        results = graph.replay() if graph else _as_tuple(run(*batch, *states))
+        expected = len(self._output_names) + len(self._state)
         if len(results) != expected:
             raise ValueError(
                 f"the model returned {len(results)} outputs, its bundle says {expected}"
@@ -429,7 +459,7 @@ class TorchEngine:
     def _fetch(
         self, outputs: Sequence[torch.Tensor], started: float, copied: Any, inferred: Any
     ) -> Callable[[], BatchOutput]:
-        names = [spec.name for spec in self._info.outputs]
+        names = self._output_names
         if self._cuda is None:
             # Copies in any case: a model may return its input, which the next batch overwrites.
             arrays = [_copied(tensor.numpy()) for tensor in outputs]
@@ -535,6 +565,7 @@ def open_bundle(
         forward="traced" if traced is not None else "graphs" if engine.graphs else "module",
         fused_from=engine.fused_from,
         good_batch=engine.good_batch,
+        quick_batch=engine.quick_batch,
         best_batch=engine.best_batch,
         state_bytes=engine.state_bytes,
         **engine.description,
@@ -685,8 +716,20 @@ def good_batch(seconds: Mapping[int, float]) -> int:
     return min(size for size, duration in seconds.items() if duration / size <= best * _GOOD_ENOUGH)
 
 
+def quick_batch(seconds: Mapping[int, float]) -> int:
+    """The size up to which batches are quick; 0 for none. Seconds of a run by size."""
+    found = 0
+    for size in sorted(seconds):
+        if seconds[size] > _QUICK_S:
+            break
+        found = size
+    return found
+
+
 def _check(tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec], samples: int) -> None:
     for spec, tensor in zip(specs, tensors, strict=True):
+        if tensor.dtype is _torch_dtype(spec) and tensor.shape == (samples, *spec.shape):
+            continue
         shape = tuple(tensor.shape)
         if (
             tensor.dtype != _torch_dtype(spec)
@@ -715,13 +758,9 @@ def _is_dynamic(info: ModelInfo) -> bool:
     return any(DYNAMIC in spec.shape for spec in info.inputs)
 
 
-@contextlib.contextmanager
-def _on(stream: "torch.cuda.Stream | None") -> Iterator[None]:
-    if stream is None:
-        yield
-        return
-    with torch.cuda.stream(stream):
-        yield
+def _called(network: torch.nn.Module | None) -> Callable[..., Any] | None:
+    """How to run it: a traced one has no hooks, which a module's call looks for."""
+    return network.forward if isinstance(network, torch.jit.ScriptModule) else network
 
 
 @functools.cache

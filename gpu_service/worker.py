@@ -52,7 +52,11 @@ def run(settings: Settings, *, open_engine: Callable[[Settings, Path], Engine]) 
     """
     logs.configure()
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    dispatcher: Dispatcher[InFlight] = Dispatcher(on_thread=lambda: _pin(settings.cpus))
+    dispatcher: Dispatcher[InFlight] = Dispatcher(
+        on_thread=lambda: _pin(settings.cpus),
+        thread_only=bool(settings.cpus),  # which the event loop is not kept to
+        busy_poll_s=settings.busy_poll_us / 1e6,
+    )
     try:
         listeners = open_listeners(settings.host, settings.port, settings.unix_socket)
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -32,9 +32,12 @@ class Identity(Engine):
         outputs=(TensorSpec(name="y", datatype="FP32", shape=(VALUES,)),),
     )
     description = {"device": "none"}  # noqa: RUF012 - fixed
+    quick_batch = 1024
 
     def run(self, requests: Sequence[Tensors]) -> BatchOutput:
-        return BatchOutput(outputs={"y": numpy.concatenate([each["x"] for each in requests])})
+        # As the engine joins inputs: quicker than numpy does it.
+        joined = b"".join([each["x"].data for each in requests])
+        return BatchOutput(outputs={"y": numpy.frombuffer(joined, "<f4").reshape(-1, VALUES)})
 
 
 async def echo(port: int) -> None:

@@ -78,6 +78,26 @@ class Stateful(Doubling):
         return super().launch(requests, streams)
 
 
+class Quick(Doubling):
+    """Says that up to three samples are quicker run than handed over."""
+
+    quick_batch = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.threads: list[str] = []  # that ran each batch
+        self.while_running: Callable[[], None] = lambda: None
+
+    def run(self, requests: Sequence[Tensors]) -> BatchOutput:
+        self.threads.append(threading.current_thread().name)
+        self.while_running()
+        return super().run(requests)
+
+
+class QuickStateful(Stateful):
+    quick_batch = 3
+
+
 class Overlapping(Doubling):
     """Launches at once; a result waits until `open`, and for its turn if there are turns."""
 
@@ -143,11 +163,11 @@ class Served:
 class Bench(Served):
     """A dispatcher on the running loop, and the first of its models."""
 
-    def __init__(self, engine: Doubling) -> None:
+    def __init__(self, engine: Doubling, **options: Any) -> None:
         self.changed = asyncio.Event()
         self.broken: list[BrokenError] = []
         self.order: list[float] = []  # of all that was delivered, of any model
-        self.dispatcher: Dispatcher[Work] = Dispatcher()
+        self.dispatcher: Dispatcher[Work] = Dispatcher(**options)
         self.dispatcher.start(on_broken=self._on_broken)
         super().__init__(self, engine)
         self.served: list[Served] = [self]
@@ -848,3 +868,233 @@ async def test_a_device_that_breaks_fails_what_was_launched_too(overlapping: Ben
     await overlapping.until(lambda: 1 in overlapping.results)
     assert isinstance(overlapping.results[1], BrokenError)
     assert len(overlapping.engine.batches) == ran
+
+
+# ------------------------------------------------------------------------------ run by the loop
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@contextlib.asynccontextmanager
+async def quick_bench(engine: Doubling, **options: Any) -> AsyncIterator[Bench]:
+    """A bench whose thread has gone to sleep: it answered a ping."""
+    bench = Bench(engine, **options)
+    bench.dispatcher.ping()
+    async with asyncio.timeout(BOUND_S):
+        while not bench.dispatcher.beats:
+            await asyncio.sleep(0)
+        with bench.dispatcher.lock:  # which it gives back as it falls asleep
+            pass
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+LOOP = threading.main_thread().name
+
+
+async def test_what_is_quicker_run_than_handed_over_is_run_by_the_loop() -> None:
+    engine = Quick()
+    async with quick_bench(engine) as bench:
+        bench.submit(1)
+        bench.submit(2, 3)
+        await bench.until(lambda: len(bench.results) == 2)
+        assert bench.results == {1: [2], 2: [4, 6]}
+        assert engine.batches == [[1, 2, 3]]
+        assert engine.threads == [LOOP]
+        beats = bench.dispatcher.beats
+        bench.submit(4)
+        await bench.until(lambda: 4 in bench.results)
+        assert bench.dispatcher.beats > beats  # the watchdog sees that it gets on
+
+
+async def test_more_than_that_is_run_by_the_thread() -> None:
+    engine = Quick()
+    async with quick_bench(engine) as bench:
+        for x in (1, 2, 3, 4):
+            bench.submit(x)
+        await bench.until(lambda: len(bench.results) == 4)
+        assert engine.threads == ["inference"]
+
+
+async def test_while_the_thread_works_the_loop_runs_nothing() -> None:
+    engine = Quick()
+    async with quick_bench(engine) as bench:
+        slow = bench.add(Doubling())
+        slow.engine.open.clear()
+        slow.submit(5)
+        await until_running(slow.engine)
+        bench.submit(1)
+        await asyncio.sleep(0)
+        assert engine.batches == []
+        slow.engine.open.set()
+        await bench.until(lambda: 1 in bench.results)
+        assert engine.threads == ["inference"]
+
+
+async def test_while_the_loop_runs_a_batch_the_thread_cannot_take_another() -> None:
+    engine = Quick()
+    was_free: list[bool] = []
+    async with quick_bench(engine) as bench:
+        engine.while_running = lambda: was_free.append(bench.dispatcher.lock.acquire(False))
+        bench.submit(1)
+        await bench.until(lambda: 1 in bench.results)
+    assert was_free == [False]
+
+
+async def test_a_poisoned_request_fails_alone_in_the_loop_too() -> None:
+    engine = Quick()
+    engine.error = SystemExit("poisoned")
+    async with quick_bench(engine) as bench:
+        for x in (1, 666, 3):
+            bench.submit(x)
+        await bench.until(lambda: len(bench.results) == 3)
+        assert (bench.results[1], bench.results[3]) == ([2], [6])
+        assert isinstance(bench.results[666], SystemExit)
+        assert engine.threads == [LOOP] * 4
+
+
+async def test_what_does_not_fit_one_quick_batch_follows_it() -> None:
+    engine = Quick()
+    async with quick_bench(engine) as bench:
+        for x in (1, 2):
+            bench.submit(x, key=x)  # which cannot run together
+        other = bench.add(Doubling())
+        other.submit(5)
+        await bench.until(lambda: len(bench.results) == 2 and 5 in other.results)
+        assert engine.threads[0] == LOOP
+
+
+async def test_a_batch_that_was_taken_ahead_is_not_forgotten() -> None:
+    class OneByOne(Quick):
+        good_batch = best_batch = 1
+
+    engine = OneByOne()
+    async with quick_bench(engine) as bench:
+        for x in (1, 2, 3):
+            bench.submit(x)
+        await bench.until(lambda: len(bench.results) == 3)
+        assert engine.batches == [[1], [2], [3]]
+
+
+async def test_a_broken_device_is_found_by_the_loop_too() -> None:
+    engine = Quick()
+    async with quick_bench(engine) as bench:
+        engine.is_broken = True
+        for x in (1, 2, 3):
+            bench.submit(x)
+            await bench.until(lambda x=x: x in bench.results)
+        await bench.until(lambda: bool(bench.broken))
+        assert engine.threads == [LOOP] * 3
+        bench.submit(4)
+        await bench.until(lambda: 4 in bench.results)
+        assert isinstance(bench.results[4], BrokenError)
+
+
+async def test_a_dispatcher_may_be_told_to_leave_everything_to_its_thread() -> None:
+    engine = Quick()
+    async with quick_bench(engine, thread_only=True) as bench:
+        bench.submit(1)
+        await bench.until(lambda: 1 in bench.results)
+        assert engine.threads == ["inference"]
+
+
+async def test_the_steps_of_a_stream_follow_one_another_in_the_loop() -> None:
+    engine = QuickStateful()
+    async with quick_bench(engine) as bench:
+        stream = bench.channel.begin_stream()
+        for x in (1, 2, 3):
+            bench.submit(x, stream=stream)
+        bench.channel.end_stream(stream)
+        await bench.until(lambda: len(bench.results) == 3)
+        assert engine.batches == [[1], [2], [3]]
+        assert bench.channel.streams == 0
+
+
+async def test_a_model_that_was_thought_to_be_quick_and_is_not_goes_to_the_thread() -> None:
+    engine, clock = Quick(), Clock()
+
+    async with quick_bench(engine, clock=clock) as bench:
+
+        async def run(x: float, *, duration_s: float) -> None:
+            def take_time() -> None:
+                clock.now += duration_s
+
+            engine.while_running = take_time
+            bench.submit(x)
+            await bench.until(lambda: x in bench.results)
+
+        for x in range(2):
+            await run(x, duration_s=0.1)
+        for x in range(2, 200):  # once in a while is no harm, and forgotten
+            await run(x, duration_s=0.0001)
+        for x in range(200, 203):
+            assert engine.threads[-1] == LOOP
+            await run(x, duration_s=0.1)
+        await run(203, duration_s=0.0001)
+        assert engine.threads[-1] == "inference"
+
+
+async def polls_until_asleep(clock: Clock, *, at_most: int) -> int:
+    """How often the running loop looks for events before it waits for one; after `at_most` turns
+    a day is over.
+    """
+    loop: Any = asyncio.get_running_loop()
+    select = loop._selector.select
+    polls = 0
+    asleep = asyncio.Event()
+
+    def selecting(timeout: float | None = None) -> Any:
+        nonlocal polls
+        if timeout != 0:
+            loop.call_soon(asleep.set)
+        else:
+            polls += 1
+            clock.now += 86400 * (polls == at_most)
+        return select(0)
+
+    loop._selector.select = selecting
+    try:
+        async with asyncio.timeout(BOUND_S):
+            await asleep.wait()
+    finally:
+        del loop._selector.select
+    return polls
+
+
+async def test_where_requests_follow_soon_the_loop_polls_for_a_while() -> None:
+    engine, clock = Quick(), Clock()
+    async with quick_bench(engine, clock=clock, busy_poll_s=0.1) as bench:
+
+        async def ask(x: float) -> None:
+            bench.submit(x)
+            await bench.until(lambda: x in bench.results)
+
+        await ask(1)
+        assert await polls_until_asleep(clock, at_most=100) < 10  # nothing says that more will come
+        await ask(2)
+        clock.now += 0.05
+        await ask(3)
+        assert 100 <= await polls_until_asleep(clock, at_most=100) < 110
+        await ask(4)  # a day later
+        assert await polls_until_asleep(clock, at_most=100) < 10
+
+
+async def test_the_loop_does_not_poll_while_the_thread_works() -> None:
+    engine, clock = Quick(), Clock()
+    async with quick_bench(engine, clock=clock, busy_poll_s=0.1) as bench:
+        for x in (1, 2):
+            bench.submit(x)
+            await bench.until(lambda x=x: x in bench.results)
+        slow = bench.add(Doubling())
+        slow.engine.open.clear()
+        slow.submit(5)
+        await until_running(slow.engine)
+        assert await polls_until_asleep(clock, at_most=100) < 10

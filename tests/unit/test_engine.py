@@ -28,6 +28,7 @@ from gpu_service.engine import (
     fused_from,
     good_batch,
     open_bundle,
+    quick_batch,
 )
 from gpu_service.logs import JsonFormatter
 from gpu_service.signature import ModelInfo
@@ -151,6 +152,33 @@ def test_a_good_batch_is_the_smallest_that_is_as_fast_as_any(
     seconds: dict[int, float], good: int
 ) -> None:
     assert good_batch(seconds) == good
+
+
+@pytest.mark.parametrize(
+    ("seconds", "quick"),
+    [
+        ({1: 0.0001, 2: 0.0002, 4: 0.0006, 8: 0.0012}, 2),
+        ({1: 0.0001, 2: 0.0009, 4: 0.0004}, 1),  # all smaller ones have to be
+        ({1: 0.01, 2: 0.01}, 0),
+    ],
+)
+def test_a_quick_batch_is_the_largest_that_takes_no_time(
+    seconds: dict[int, float], quick: int
+) -> None:
+    assert quick_batch(seconds) == quick
+
+
+@pytest.mark.parametrize(("threads", "quick"), [(1, 6), (2, 0)])
+def test_what_takes_a_team_of_threads_is_not_quick(threads: int, quick: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        engine, _ = make(lambda x: x)
+        assert engine.quick_batch == 0  # before the warm-up nothing is known to be
+        engine.warm_up()
+    finally:
+        torch.set_num_threads(before)
+    assert engine.quick_batch == quick
 
 
 @pytest.mark.parametrize(
