@@ -118,6 +118,18 @@ class _Graph:
         return self._results
 
 
+class _Fetched:
+    """What waits for nothing any more."""
+
+    __slots__ = ("_output",)
+
+    def __init__(self, output: BatchOutput) -> None:
+        self._output = output
+
+    def __call__(self) -> BatchOutput:
+        return self._output
+
+
 class TorchEngine:
     """Runs `network`, as `models.load_model` returns it, in batches of up to `max_batch` samples.
 
@@ -143,7 +155,7 @@ class TorchEngine:
         self._run_network, self._run_fused = _called(self._network), _called(fused)
         # Made once: each costs as much as an operation of torch. Nothing here runs twice at a time.
         self._inference = torch.inference_mode()
-        self._first_input = info.inputs[0].name
+        self._input_names = [spec.name for spec in info.inputs]
         self._output_names = [spec.name for spec in info.outputs]
         self._fused_from: float = math.inf
         self._info = info
@@ -257,10 +269,11 @@ class TorchEngine:
         self, requests: Sequence[Tensors], streams: Sequence[Stream | None]
     ) -> Callable[[], BatchOutput]:
         started = time.perf_counter()
-        counts = [len(inputs[self._first_input]) for inputs in requests]
+        first = self._input_names[0]
+        counts = [len(inputs[first]) for inputs in requests]
         samples = sum(counts)
         batch = self._inputs(requests, samples)
-        size = len(batch[0])
+        size = samples if self._cuda is None else batch[0].shape[0]
         rows = self._rows(streams, counts, size) if self._state else None
         copied = self._mark()
         results = self._forward(batch, rows, size)
@@ -269,7 +282,11 @@ class TorchEngine:
             outputs = tuple([tensor[:samples] for tensor in outputs])
         _check(outputs, self._info.outputs, samples)
         inferred = self._mark()
-        fetch = self._fetch(outputs, started, copied, inferred)
+        fetch: Callable[[], BatchOutput]
+        if self._cuda is None:
+            fetch = _Fetched(self._copied(outputs, started, copied, inferred))
+        else:
+            fetch = self._fetch(outputs, started, copied, inferred)
         if rows is not None:  # last: what fails before it changes no state
             self._keep(results[len(outputs) :], rows, streams)
         return fetch
@@ -364,7 +381,7 @@ class TorchEngine:
 
     def _inputs(self, requests: Sequence[Tensors], samples: int) -> list[torch.Tensor]:
         """The batch on the device, in the order of the model's inputs; a bucket on a GPU."""
-        by_input = [[inputs[spec.name] for inputs in requests] for spec in self._info.inputs]
+        by_input = [[inputs[name] for inputs in requests] for name in self._input_names]
         if not self._hosts:
             joined = [numpy.concatenate(arrays) for arrays in by_input]
             return [torch.from_numpy(array).to(self._device) for array in joined]
@@ -456,20 +473,27 @@ class TorchEngine:
         event.record(self._cuda)
         return event
 
+    def _copied(
+        self, outputs: Sequence[torch.Tensor], started: float, copied: Any, inferred: Any
+    ) -> BatchOutput:
+        """The outputs of a CPU. Copies in any case: a model may return its input, which the next
+        batch overwrites.
+        """
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, tensor in zip(self._output_names, outputs, strict=True):
+            arrays[name] = _copied(tensor.numpy())
+        return BatchOutput(
+            outputs=arrays,
+            input_s=copied - started,
+            infer_s=inferred - copied,
+            output_s=time.perf_counter() - inferred,
+        )
+
     def _fetch(
         self, outputs: Sequence[torch.Tensor], started: float, copied: Any, inferred: Any
     ) -> Callable[[], BatchOutput]:
+        """Begin to copy the outputs from a GPU; what is returned waits for them."""
         names = self._output_names
-        if self._cuda is None:
-            # Copies in any case: a model may return its input, which the next batch overwrites.
-            arrays = [_copied(tensor.numpy()) for tensor in outputs]
-            output = BatchOutput(
-                outputs=dict(zip(names, arrays, strict=True)),
-                input_s=copied - started,
-                infer_s=inferred - copied,
-                output_s=time.perf_counter() - inferred,
-            )
-            return lambda: output
         # Not blocking, so into pinned memory, which torch keeps and gives out again.
         tensors = [tensor.contiguous().to("cpu", non_blocking=True) for tensor in outputs]
         fetched: Any = self._mark()

@@ -113,9 +113,10 @@ class Settings:
         at_most=10_000,
     )
     busy_poll_us: int = _setting(
-        0,
-        "how long after a batch an idle worker asks for requests without a pause instead of "
-        "sleeping: lower latency, for a core that hardly rests; 0: not at all",
+        200,
+        "for how long an idle worker polls instead of going to sleep, while requests follow one "
+        "another so soon that this notices them: less latency, for a core that rests less; "
+        "0: not at all",
         unit="µs",
         at_least=0,
         at_most=1_000_000,
