@@ -130,6 +130,7 @@ def test_the_log_is_json_and_tells_the_port(spawn: Spawn) -> None:
     assert ready["worker"] == "w1"
     assert ready["port"] > 0
     assert json.loads(get(ready["port"], "/v2")[2])["worker"] == "w1"
+    assert ready["frozen_objects"] > 1000  # which no collection looks at
 
 
 def test_a_taken_port_is_a_clear_failure(spawn: Spawn) -> None:
