@@ -66,11 +66,6 @@ class Service:
 
     def on_batch(self, batch: FinishedBatch[InFlight]) -> None:
         """Answer everything that ran together."""
-        metrics = self.metrics
-        metrics.batch_samples.observe(batch.samples)
-        metrics.input_s.observe(batch.input_s)
-        metrics.infer_s.observe(batch.infer_s)
-        metrics.output_s.observe(batch.output_s)
         whole: Tensors | BaseException | None = None
         replies: BatchReplies | None = None
         for outcome in batch.outcomes:
@@ -96,6 +91,12 @@ class Service:
                 self._succeeded(work, result)
             else:
                 self._go_on(work, work.responses, result)
+        # Last: they wait for their answers.
+        metrics = self.metrics
+        metrics.batch_samples.observe(batch.samples)
+        metrics.input_s.observe(batch.input_s)
+        metrics.infer_s.observe(batch.infer_s)
+        metrics.output_s.observe(batch.output_s)
 
     def on_expired(self, ticket: Ticket[InFlight]) -> None:
         """The time of a request was up before it could start."""
