@@ -2,10 +2,11 @@
 headers and picows.
 
 The raw forward, the service, the same through nginx and with a model that computes nothing, and
-picows' echo server are measured in turns, several times, on one machine; ratios are of medians of
-one run, differences medians of those of each turn; the raw forward is the faster one of two sizes of batch. The load client is built from
-`load.c`. The service is the compiled one, as hosts have it, and beside it the same from its
-sources; `--against CHECKOUT` measures another version in their place, in the same turns.
+picows' echo server are measured in turns, several times, on one machine. What is compared is
+measured one after the other; ratios and differences are medians of those of each turn. The raw
+forward is the faster one of two sizes of batch. The load client is built from `load.c`. The service
+is the compiled one, as hosts have it, and beside it the same from its sources; `--against CHECKOUT`
+measures another version in their place, in the same turns.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ from bench.serving.servers import VALUES
 from gpu_service import bundle
 
 CONNECTIONS = 64
+
+# Of batches of the raw forward; the faster one counts.
+_RAW_SIZES = (CONNECTIONS, CONNECTIONS // 2)
 
 # What a worker sleeps, about, between two requests of one client that waits for each answer.
 _PAUSE_S = 0.0005
@@ -98,8 +102,14 @@ class Bench:
 
     def difference(self, name: str, other: str) -> float:
         """The median of what they differ by in each turn."""
-        pairs = zip(self.figures[name], self.figures[other], strict=True)
-        return statistics.median([one - another for one, another in pairs])
+        return statistics.median([one - another for one, another in self._pairs(name, other)])
+
+    def ratio(self, name: str, other: str) -> float:
+        """The median of their ratios in each turn."""
+        return statistics.median([one / another for one, another in self._pairs(name, other)])
+
+    def _pairs(self, name: str, other: str) -> Iterator[tuple[float, float]]:
+        return zip(self.figures[name], self.figures[other], strict=True)
 
 
 @contextlib.contextmanager
@@ -130,18 +140,17 @@ def start(bench: Bench, versions: dict[str, Path]) -> None:
 
 
 def one_turn(bench: Bench, versions: dict[str, Path]) -> None:
-    for size in (CONNECTIONS, CONNECTIONS // 2):
-        bench.raw(f"raw {size}", batch=size)
     for name in versions:
+        for size in _RAW_SIZES:
+            bench.raw(f"raw {size}{name}", batch=size)
         bench.load(f"direct{name}", server=f"model{name}", file="model")
         bench.load(f"through{name}", server=f"nginx1{name}", file="model")
         bench.load(f"through two{name}", server=f"nginx2{name}", file="model")
+        bench.load(f"echo{name}", server="echo", file="identity")
         bench.load(f"identity{name}", server=f"identity{name}", file="identity")
-        # In pairs: what is asked for is a difference, and a machine has slow minutes.
         bench.raw(f"single{name}", batch=1)
         bench.load(f"idle through{name}", server=f"nginx1{name}", file="model", connections=1)
         bench.load(f"idle{name}", server=f"model{name}", file="model", connections=1)
-    bench.load("echo", server="echo", file="identity")
     bench.load("echo idle", server="echo", file="identity", connections=1)
     bench.load("echo idle through", server="nginx echo", file="identity", connections=1)
     bench.raw("woken", batch=1, pause_s=_PAUSE_S)
@@ -150,17 +159,17 @@ def one_turn(bench: Bench, versions: dict[str, Path]) -> None:
 def rows(bench: Bench, name: str = "") -> list[Row]:
     median = bench.median
     direct, through, identity = f"direct{name}", f"through{name}", f"identity{name}"
-    raw_rate = max(median(f"raw {size} rate") for size in (CONNECTIONS, CONNECTIONS // 2))
+    raw = max((f"raw {size}{name} rate" for size in _RAW_SIZES), key=median)
     return [
         Row(
             name=f"direct, share of the raw forward{name}",
-            value=median(f"{direct} rate") / raw_rate,
+            value=bench.ratio(f"{direct} rate", raw),
             unit="",
             at_least=0.9,
         ),
         Row(
             name=f"through nginx, share of the raw forward{name}",
-            value=median(f"{through} rate") / raw_rate,
+            value=bench.ratio(f"{through} rate", raw),
             unit="",
             at_least=0.85,
         ),
@@ -174,13 +183,13 @@ def rows(bench: Bench, name: str = "") -> list[Row]:
         Row(name=f"direct, p50{name}", value=median(f"{direct} p50 us") / 1e3, unit="ms"),
         Row(
             name=f"direct, p99 by p50{name}",
-            value=median(f"{direct} p99 us") / median(f"{direct} p50 us"),
+            value=bench.ratio(f"{direct} p99 us", f"{direct} p50 us"),
             unit="",
             at_most=1.5,
         ),
         Row(
             name=f"identity, share of the echo server{name}",
-            value=median(f"{identity} rate") / median("echo rate"),
+            value=bench.ratio(f"{identity} rate", f"echo{name} rate"),
             unit="",
             at_least=0.6,
         ),
