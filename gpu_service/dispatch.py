@@ -377,7 +377,8 @@ class Dispatcher(Generic[W]):
             started_at = self.clock()
             self._launch(batch)
             self._conclude(batch)
-            batch.channel.left(batch.tickets)
+            if batch.channel.engine.max_streams:
+                batch.channel.left(batch.tickets)
         batch.channel.ran_here(self.clock() - started_at)
         batch.channel.deliver(batch)
         self._suspect(batch)

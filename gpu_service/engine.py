@@ -753,7 +753,7 @@ def quick_batch(seconds: Mapping[int, float]) -> int:
 def _check(tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec], samples: int) -> None:
     for spec, tensor in zip(specs, tensors, strict=True):
         if tensor.dtype is _torch_dtype(spec) and tensor.shape == (samples, *spec.shape):
-            continue
+            continue  # as most are; what follows also knows dynamic dimensions
         shape = tuple(tensor.shape)
         if (
             tensor.dtype != _torch_dtype(spec)

@@ -12,15 +12,7 @@ from gpu_service import admission
 from gpu_service.admission import Admission, Client, Clients, Origins, Tokens, new_token
 from gpu_service.device import StartupError
 from gpu_service.settings import Settings
-
-
-class Clock:
-    """Time that goes on when it is told to."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.clock import Clock
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from gpu_service.bundle import TensorSpec
 from gpu_service.device import BatchOutput, BrokenError, Engine, Stream, StreamsFullError, Tensors
 from gpu_service.dispatch import Channel, Dispatcher
 from gpu_service.signature import ModelInfo
+from tests.clock import Clock
 
 BOUND_S = 30.0  # of every wait; far longer than any takes
 
@@ -871,14 +872,6 @@ async def test_a_device_that_breaks_fails_what_was_launched_too(overlapping: Ben
 
 
 # ------------------------------------------------------------------------------ run by the loop
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @contextlib.asynccontextmanager
