@@ -222,7 +222,8 @@ def decode_known(frame: bytes) -> Request | None:
     if not end_of_id:
         return None
     end = 4 + (frame[0] | frame[1] << 8 | frame[2] << 16 | frame[3] << 24)
-    if end > _LONGEST_FORM or end > len(frame):
+    # A header that ends within its own id is damaged: it has no rest.
+    if end < end_of_id or end > _LONGEST_FORM or end > len(frame):
         return None
     rest = frame[end_of_id:end]
     form = _last.form
