@@ -26,9 +26,9 @@ from gpu_service.finished import FinishedBatch, Outcome
 # So many batches in a row of which nothing succeeded make the device suspect.
 _SUSPICIOUS_BATCHES = 3
 
-# What the event loop runs itself takes less than half a millisecond, by the warm-up. Where more
+# What the event loop runs itself takes less than a millisecond, by the warm-up. Where more
 # than one in a hundred takes so long, the warm-up was wrong, and all connections wait for it.
-_SLOW_HERE_S = 0.005
+_SLOW_HERE_S = 0.01
 _PATIENCE = 3.0
 _PATIENCE_REGAINED = 0.01
 

@@ -37,7 +37,7 @@ _HAND_OVER_S = 0.0002
 
 # The event loop itself runs a batch that takes less: handing it to a thread and back takes 0.05 to
 # 0.1 ms. What arrives meanwhile waits for the device in any case.
-_QUICK_S = 0.0005
+_QUICK_S = 0.001
 
 # The share of a batch's time that the fused form may take at most, for it has weights of its own.
 _WORTH_FUSING = 0.95
