@@ -56,9 +56,9 @@ deploy: can-host $(READY) ## lab hosts, a trained model, a deploy, predictions t
 	@$(BIN)/python -m provision.compiled --if-possible
 	@echo "==> 4/5 pyinfra inventory.py deploy.py"
 	@$(BIN)/pyinfra -y inventory.py deploy.py
-	@echo "==> 5/5 test images through ws://localhost:8009"
-	@$(BIN)/python -m gpu_service predict ws://localhost:8009 --bundle models/digits
-	@cat docs/after-deploy.txt
+	@at=$$($(BIN)/python -m lab gateway) && echo "==> 5/5 test images through ws://$$at" \
+	  && $(BIN)/python -m gpu_service predict "ws://$$at" --bundle models/digits \
+	  && sed "s/localhost:8009/$$at/" docs/after-deploy.txt
 
 drift: $(READY) ## what differs from the declared state (exit codes: docs/runbook.md)
 	@$(BIN)/python -m provision.drift $(INVENTORY)

@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("down", help="end the lab and remove all that its hosts wrote")
     commands.add_parser("status", help="show the lab and its hosts")
+    commands.add_parser("gateway", help="print where this machine reaches the first gateway")
     ssh = commands.add_parser("ssh", help="log in to a host, or run a command on it")
     ssh.add_argument("host", metavar="HOST")
     ssh.add_argument("rest", nargs=argparse.REMAINDER, metavar="CMD …")
@@ -167,6 +168,11 @@ def _status(options: argparse.Namespace) -> int:
     return 0
 
 
+def _gateway(options: argparse.Namespace) -> int:
+    print(labs.gateway(options.name))
+    return 0
+
+
 def _again(name: str, command: str) -> str:
     option = "" if name == names.DEFAULT_LAB else f"--name {name} "
     return f"python -m lab {option}{command}"
@@ -249,6 +255,7 @@ _COMMANDS: Final[dict[str, Callable[[argparse.Namespace], int]]] = {
     "up": _up,
     "down": _down,
     "status": _status,
+    "gateway": _gateway,
     "ssh": _ssh,
     "run": _run,
     "reboot": _reboot,

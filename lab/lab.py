@@ -419,6 +419,11 @@ def status(name: str) -> LabStatus | None:
     )
 
 
+def gateway(name: str) -> str:
+    """ADDRESS:PORT of this machine that leads to the first gateway. Raises LabError."""
+    return relay.gateway(_running(name)[1])
+
+
 def all_labs() -> list[str]:
     """Names of the labs that exist on this machine."""
     return sorted(path.parent.name for path in _state_files(LabPaths.of(names.DEFAULT_LAB).home))

@@ -68,6 +68,16 @@ def routes(state: LabState) -> list[Route]:
     return found
 
 
+def gateway(state: LabState) -> str:
+    """ADDRESS:PORT of this machine that leads to the lab's first gateway; LabError without one."""
+    first = next((host for host in state.hosts if names.is_gateway(host.name)), None)
+    if first is None:
+        raise LabError(f"the lab {state.name!r} has no gateway; add one with `up gw1`")
+    target = (first.address, names.DEFAULT_GATEWAY_PORT)
+    own = [route.listen[0] for route in routes(state) if route.target == target]
+    return f"{'localhost' if '127.0.0.1' in own else own[0]}:{state.gateway_port}"
+
+
 def listen(route: Route) -> socket.socket | None:
     """A listening socket; None for an optional one whose address this machine doesn't have.
 

@@ -110,11 +110,12 @@ def test_the_firewall_runs_and_lets_in_only_ssh(on: Run, web_on_gw1: None) -> No
 
 
 def test_the_gateway_port_is_relayed_to_the_operators_machine(
-    on: Run, running_lab: str, web_on_gw1: None
+    on: Run, running_lab: str, cli: Run, web_on_gw1: None
 ) -> None:
-    address = lab.inventory(running_lab)["gw1"]["ssh_hostname"]
+    at = cli(running_lab, "gateway").stdout.strip()
+    assert at == f"{lab.inventory(running_lab)['gw1']['ssh_hostname']}:8009"
     on("gw1", "firewall-cmd", "--quiet", "--add-port=8009/tcp")
-    with urllib.request.urlopen(f"http://{address}:8009/", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://{at}/", timeout=20) as answer:
         assert answer.status == 200
 
 

@@ -12,7 +12,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 from lab import names
-from lab.relay import Front, Route, listen, routes
+from lab.errors import LabError
+from lab.relay import Front, Route, gateway, listen, routes
 from lab.state import LabPhase, LabState
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -179,6 +180,23 @@ def test_routes_of_other_labs_keep_to_their_own_addresses() -> None:
         "127.77.9.12:8010",
         "127.77.9.21:7722",
     }
+
+
+@pytest.mark.parametrize(
+    ("of", "address"),
+    [
+        (state("lab", number=0, hosts=["gpu1", "gw1"], gateway_port=8010), "localhost:8010"),
+        (state("lab", number=0, hosts=["gw2"]), "127.77.0.12:8009"),
+        (state("other", number=9, hosts=["gw2", "gw1"], gateway_port=8010), "127.77.9.12:8010"),
+    ],
+)
+def test_the_first_gateway_is_reached_at(of: LabState, address: str) -> None:
+    assert gateway(of) == address
+
+
+def test_a_lab_without_a_gateway_says_how_to_get_one() -> None:
+    with pytest.raises(LabError, match="up gw1"):
+        gateway(state("other", number=9, hosts=["gpu1"]))
 
 
 def test_a_taken_address_is_an_error_even_where_the_route_is_optional() -> None:
