@@ -7,7 +7,7 @@ between threads guards it (see `dispatch`, which owns the only one in a server).
 import enum
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Final, Generic, TypeVar
 
 T = TypeVar("T")
@@ -221,6 +221,9 @@ class Queue(Generic[T]):
         self._clock = clock
         self._good_batch = max_batch
         self._best_batch = max_batch
+        self._sizes: Sequence[int] = ()
+        self._out = 0  # samples that were taken and have not come back
+        self._crowd = 0  # samples that could run or were out when a batch last came back
         self._groups: dict[Hashable, _Group[T]] = {}
         # Of each stream with a ticket that is eligible or runs: those that come after it.
         self._followers: dict[Hashable, OrderedDict[Ticket[T], None]] = {}
@@ -232,15 +235,17 @@ class Queue(Generic[T]):
         """How many samples are queued."""
         return self._samples
 
-    def aim_at(self, good: int, *, best: int) -> None:
-        """Gather batches of `good` samples, because larger ones gain little on this device.
+    def aim_at(self, good: int, *, best: int, sizes: Sequence[int] = ()) -> None:
+        """Gather half of what is under way, but `good` samples, because larger batches gain little
+        on this device, and not more than `best`, because larger ones gain nothing.
 
-        What more there is then waits for the next batch, which the device finds ready while
-        this one's answers are on their way. Where twice `best` samples wait, that is so with
-        batches of `best` as well. A single request may still have `max_batch`.
+        The other half is the next batch, which the device finds ready while this one's answers
+        are on their way. Where batches are padded to one of `sizes`, the half is rounded down to
+        one. A single request may still have `max_batch`.
         """
         self._good_batch = min(good, self._max_batch)
         self._best_batch = min(best, self._max_batch)
+        self._sizes = sizes
 
     def offer(
         self,
@@ -319,7 +324,8 @@ class Queue(Generic[T]):
 
     def has_full_batch(self) -> bool:
         """Whether there is a batch to which waiting would add nothing."""
-        return any(group.samples >= self._good_batch for group in self._groups.values())
+        aim = self._aim()
+        return any(group.samples >= aim for group in self._groups.values())
 
     def waiting_since(self) -> float | None:
         """Since when something could run; None where nothing can."""
@@ -356,6 +362,7 @@ class Queue(Generic[T]):
                 groups = [self._groups[ticket.key]]
             self._remove(ticket, groups[0])
             room -= ticket.samples
+            self._out += ticket.samples
             ticket.started_at = now
             ticket.move(RUNNING)
             batch.append(ticket)
@@ -369,7 +376,20 @@ class Queue(Generic[T]):
         return [] if group is None else [group]
 
     def _aim(self) -> int:
-        return self._best_batch if self._samples >= 2 * self._best_batch else self._good_batch
+        """How many samples the next batch is to have."""
+        good, best = self._good_batch, self._best_batch
+        if good >= best:
+            return good
+        # As it was when a batch came back, for in between those are missing whose answers are on
+        # their way. What has different keys can't be one batch.
+        crowd = max(self._crowd, self._under_way())
+        half = crowd // (2 * max(1, len(self._groups)))
+        if not good < half < best:
+            return good if half <= good else best
+        return max([size for size in self._sizes if good <= size <= half], default=half)
+
+    def _under_way(self) -> int:
+        return self._out + sum([group.samples for group in self._groups.values()])
 
     def left(self, tickets: Iterable[Ticket[T]]) -> None:
         """These have left the device, however they ended: what comes after them may run."""
@@ -380,10 +400,17 @@ class Queue(Generic[T]):
     @property
     def batch_s(self) -> float:
         """What a full batch takes, about; 0 as long as that is not known."""
-        return self._seconds_per_sample * self._good_batch
+        return self._seconds_per_sample * self._aim()
 
     def finished(self, *, samples: int, duration_s: float) -> None:
-        """Learn how fast the device is."""
+        """A batch of so many samples has come back; learn how fast the device is.
+
+        0 for a duration that says nothing, as that of a failure.
+        """
+        self._crowd = self._under_way()
+        self._out -= samples
+        if not duration_s:
+            return
         pace = duration_s / samples
         old = self._seconds_per_sample
         self._seconds_per_sample = old + _SMOOTHING * (pace - old) if old else pace

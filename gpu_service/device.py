@@ -76,6 +76,11 @@ class Engine(Protocol):
         return 0
 
     @property
+    def sizes(self) -> Sequence[int]:
+        """The sizes that batches are padded to, ascending; fixed. None if they are not."""
+        return ()
+
+    @property
     def quick_batch(self) -> int:
         """Samples of the largest batch that is quicker run than handed to another thread; fixed.
 

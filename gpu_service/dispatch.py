@@ -63,7 +63,7 @@ class Channel(Generic[W]):
             clock=dispatcher.clock,
         )
         if engine.good_batch:
-            self.queue.aim_at(engine.good_batch, best=engine.best_batch)
+            self.queue.aim_at(engine.good_batch, best=engine.best_batch, sizes=engine.sizes)
         self.is_closing = False
         self._free_slots = list(reversed(range(engine.max_streams)))
         self._leaving: set[Stream] = set()
@@ -160,9 +160,8 @@ class Channel(Generic[W]):
         batch = ran.finished()
         with self._lock:
             self._dispatcher.take_ahead()
-            if batch.infer_s:
-                duration_s = batch.input_s + batch.infer_s + batch.output_s
-                self.queue.finished(samples=batch.samples, duration_s=duration_s)
+            duration_s = batch.input_s + batch.infer_s + batch.output_s if batch.infer_s else 0.0
+            self.queue.finished(samples=batch.samples, duration_s=duration_s)
             wanted: list[Outcome[W]] = []
             for outcome in batch.outcomes:
                 if outcome.ticket.state is RUNNING:

@@ -223,7 +223,7 @@ def test_what_has_started_in_time_does_not_expire(clock: Clock) -> None:
 
 def test_batches_are_of_the_size_aimed_at_but_a_large_request_still_runs(clock: Clock) -> None:
     queue = make(clock, max_batch=8)
-    queue.aim_at(2, best=8)
+    queue.aim_at(2, best=2)
     for name, samples in (("a", 1), ("b", 1), ("c", 1), ("d", 5)):
         queue.offer(name, samples=samples)
     assert payloads(queue.take()) == ["a", "b"]
@@ -231,13 +231,65 @@ def test_batches_are_of_the_size_aimed_at_but_a_large_request_still_runs(clock: 
     assert payloads(queue.take()) == ["d"]
 
 
-def test_where_two_of_the_best_batches_wait_they_are_of_that_size(clock: Clock) -> None:
-    queue = make(clock, max_batch=8)
-    queue.aim_at(2, best=4)
-    for name in "abcdefgh":
-        queue.offer(name, samples=1)
-    assert payloads(queue.take()) == ["a", "b", "c", "d"]
-    assert payloads(queue.take()) == ["e", "f"]
+def go_round(queue: Queue[str], *, clients: int, batches: int = 12) -> list[int]:
+    """Sizes of batches, one running and the next one taken meanwhile, where each of so many clients
+    waits for its answer and asks again.
+    """
+    sizes = []
+    for number in range(clients):
+        queue.offer(str(number), samples=1)
+    running = queue.take()
+    while len(sizes) < batches:
+        sizes.append(len(running))
+        ahead = queue.take() if queue.has_full_batch() else []
+        queue.finished(samples=len(running), duration_s=0.001)
+        for ticket in running:
+            queue.offer(ticket.payload, samples=1)
+        running = ahead or queue.take()
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("clients", "size"),
+    [
+        (3, 2),  # good enough, whatever less is there
+        (4, 2),
+        (10, 5),
+        (16, 8),
+        (40, 8),  # which is the best
+    ],
+)
+def test_one_half_runs_while_the_other_is_answered(clock: Clock, clients: int, size: int) -> None:
+    queue = make(clock, max_batch=16, max_queue=100)
+    queue.aim_at(2, best=8)
+    sizes = go_round(queue, clients=clients)
+    assert max(sizes[4:]) == size
+    assert sum(sizes[4:]) >= 8 * size * 3 // 4
+
+
+def test_half_is_rounded_to_what_it_would_be_padded_to(clock: Clock) -> None:
+    queue = make(clock, max_batch=16, max_queue=100)
+    queue.aim_at(2, best=16, sizes=[1, 2, 4, 8, 16])
+    assert set(go_round(queue, clients=15)[4:]) == {4}
+    assert queue.samples > 0
+
+
+def test_half_is_of_what_can_run_together(clock: Clock) -> None:
+    queue = make(clock, max_batch=8, max_queue=40)
+    queue.aim_at(1, best=8)
+    for number in range(6):
+        queue.offer(f"k{number}", samples=1, key="k")
+        queue.offer(f"l{number}", samples=1, key="l")
+    assert payloads(queue.take()) == ["k0", "k1", "k2"]
+
+
+def test_what_waits_for_its_stream_is_no_part_of_a_half(clock: Clock) -> None:
+    queue = make(clock, max_batch=8, max_queue=40)
+    queue.aim_at(1, best=8)
+    for stream in "stuv":
+        for number in range(5):
+            queue.offer(f"{stream}{number}", samples=1, stream=stream)
+    assert payloads(queue.take()) == ["s0", "t0"]
 
 
 @pytest.mark.parametrize(
@@ -507,6 +559,7 @@ class Reality(RuleBasedStateMachine):
         self.tickets: list[Ticket[int]] = []
         self.on_device: list[list[Ticket[int]]] = []
         self.taken: list[Ticket[int]] = []
+        self.crowd = 0
         self.offered = 0
 
     @initialize(
@@ -589,8 +642,7 @@ class Reality(RuleBasedStateMachine):
     @rule()
     def take(self) -> None:
         was_due = self.is_due()
-        queued = sum(each.ticket.samples for each in self.waiting)
-        room = self.best if queued >= 2 * self.best else self.good
+        room = self.aim()
         batch = self.queue.take()
         assert was_due or not batch
         if was_due:
@@ -646,12 +698,27 @@ class Reality(RuleBasedStateMachine):
     @precondition(lambda self: self.on_device)
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:
-        batch = self.on_device.pop(data.draw(st.integers(0, len(self.on_device) - 1)))
+        self.come_back(self.on_device[data.draw(st.integers(0, len(self.on_device) - 1))])
+
+    def come_back(self, batch: list[Ticket[int]]) -> None:
+        samples = sum(ticket.samples for ticket in batch)
+        self.on_device.remove(batch)
         self.queue.left(batch)
+        self.promote()
+        self.crowd = self.under_way() + samples
+        self.queue.finished(samples=samples, duration_s=0.1)
         for ticket in batch:
             if ticket.state is State.RUNNING:
                 ticket.move(State.DONE)
-        self.promote()
+
+    def under_way(self) -> int:
+        waiting = sum(each.ticket.samples for each in self.eligible())
+        return waiting + sum(ticket.samples for batch in self.on_device for ticket in batch)
+
+    def aim(self) -> int:
+        """Half of what is under way, within bounds, shared by keys."""
+        half = max(self.crowd, self.under_way()) // (2 * max(1, len(self.queue._groups)))
+        return min(max(half, self.good), self.best)
 
     # -------------------------------------------------------------------- what has to follow
 
@@ -684,7 +751,7 @@ class Reality(RuleBasedStateMachine):
         for each in eligible:
             by_key[each.ticket.key] = by_key.get(each.ticket.key, 0) + each.ticket.samples
         oldest = min(each.eligible_at for each in eligible if each.eligible_at is not None)
-        return max(by_key.values()) >= self.good or oldest + self.delay <= self.clock.now
+        return max(by_key.values()) >= self.aim() or oldest + self.delay <= self.clock.now
 
     @invariant()
     def counts_are_right(self) -> None:
@@ -721,10 +788,8 @@ class Reality(RuleBasedStateMachine):
         for _ in range(2 * len(self.tickets) + 1):
             self.clock.now += self.delay
             self.take()
-            for batch in self.on_device:
-                self.queue.left(batch)
-            self.on_device.clear()
-            self.promote()
+            for batch in list(self.on_device):
+                self.come_back(batch)
         assert self.queue.samples == 0
         assert not self.waiting
         assert not self.queue._followers
