@@ -9,11 +9,12 @@ import functools
 import itertools
 import math
 import os
+import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy
 import torch
@@ -24,11 +25,13 @@ from gpu_service.bundle import TensorSpec
 from gpu_service.device import BatchOutput, StartupError, Stream, Tensors
 from gpu_service.signature import DYNAMIC, ModelInfo, shape_fits
 
+K = TypeVar("K")
+
 # A batch of inputs up to this size is copied in one go, with the GIL held for some 100 µs at most.
 _JOINED_BYTES = 1 << 20
 
-# Of each size of batch in the warm-up; the fastest one counts. Fewer where they take long.
-_TIMED_RUNS = 5
+# How often the warm-up measures all sizes of batch. Fewer where that takes long.
+_TIMED_TURNS = 9
 _TIMED_S = 3.0
 
 # What a batch costs beside its run: to be taken, handed over and waited for. Without it, the
@@ -327,22 +330,22 @@ class TorchEngine:
         return self._cuda is None and torch.get_num_threads() == 1 and not _is_dynamic(self._info)
 
     def _timed(self, sizes: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
-        """Seconds of a batch by size, of the network and of its fused form if there is one.
-
-        In turns, or a machine that is slower for a moment would decide.
-        """
-        plain: dict[int, float] = {}
-        fused: dict[int, float] = {}
-        forms = [(math.inf, plain)] if self._fused is None else [(math.inf, plain), (0, fused)]
+        """Seconds of a batch by size, of the network and of its fused form if there is one."""
+        forms = [math.inf] if self._fused is None else [math.inf, 0]
+        turns: list[dict[tuple[float, int], float]] = []
         started = time.perf_counter()
-        for _ in range(_TIMED_RUNS):
-            for self._fused_from, seconds in forms:
+        while len(turns) < _TIMED_TURNS and time.perf_counter() - started < _TIMED_S:
+            turn: dict[tuple[float, int], float] = {}
+            for self._fused_from in forms:
                 for size in reversed(sizes):
-                    duration_s = self.run([self._example(size)]).infer_s
-                    seconds[size] = min(duration_s, seconds.get(size, math.inf))
-            if time.perf_counter() - started > _TIMED_S:
-                break
+                    turn[self._fused_from, size] = self.run([self._example(size)]).infer_s
+            turns.append(turn)
         self._fused_from = math.inf
+        seconds = typical(turns)
+        plain, fused = (
+            {size: duration_s for (of, size), duration_s in seconds.items() if of == form}
+            for form in (math.inf, 0)
+        )
         return plain, fused
 
     def outputs_of(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
@@ -722,6 +725,23 @@ def buckets(max_batch: int) -> list[int]:
     """The batch sizes of a GPU, which likes few fixed ones: powers of two, and the last."""
     sizes = [1 << power for power in range(max_batch.bit_length())]
     return sizes if sizes[-1] == max_batch else [*sizes, max_batch]
+
+
+def typical(turns: Sequence[Mapping[K, float]]) -> dict[K, float]:
+    """Seconds of each, of several turns in which each took so many.
+
+    By their shares of a turn, which are the same on a machine that is slower for a while, or one
+    such while would decide; and as in the quickest turn.
+    """
+    totals = [sum(turn.values()) for turn in turns]
+    of_turns = [
+        {key: seconds / total for key, seconds in turn.items()}
+        for turn, total in zip(turns, totals, strict=True)
+    ]
+    return {
+        key: statistics.median([shares[key] for shares in of_turns]) * min(totals)
+        for key in turns[0]
+    }
 
 
 def fused_from(plain: Mapping[int, float], fused: Mapping[int, float]) -> float:

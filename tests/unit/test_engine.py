@@ -29,6 +29,7 @@ from gpu_service.engine import (
     good_batch,
     open_bundle,
     quick_batch,
+    typical,
 )
 from gpu_service.logs import JsonFormatter
 from gpu_service.signature import ModelInfo
@@ -137,6 +138,19 @@ def test_warm_up_runs_every_bucket() -> None:
     assert sorted(set(module.sizes)) == [1, 2, 4, 6]
     assert engine.good_batch in (1, 2, 4, 6)
     assert engine.good_batch <= engine.best_batch <= 6
+
+
+@pytest.mark.parametrize(
+    "pace",
+    [
+        (1, 1, 1, 1, 1),
+        (3, 1, 3, 2, 5),  # another machine at each turn
+    ],
+)
+def test_a_slow_while_does_not_decide_what_is_fast(pace: tuple[int, ...]) -> None:
+    turns = [{"a": 0.3 * speed, "b": 0.1 * speed} for speed in pace]
+    turns[2]["b"] = 0.9  # somebody else had the core
+    assert typical(turns) == pytest.approx({"a": 0.3, "b": 0.1})
 
 
 @pytest.mark.parametrize(
