@@ -2,8 +2,9 @@
 headers and picows.
 
 The raw forward, the service, the same through nginx and with a model that computes nothing, and
-picows' echo server are measured in turns, several times, on one machine. What is compared is
-measured one after the other; ratios and differences are medians of those of each turn. The raw
+picows' echo server are measured in turns, many times, on one machine. What is compared is measured
+one after the other, for a moment: a virtual machine that shares its cores is slower for seconds at
+a time. Ratios and differences are medians of those of each turn. The raw
 forward is the faster one of two sizes of batch. The load client is built from `load.c`. The service
 is the compiled one, as hosts have it, and beside it the same from its sources; `--against CHECKOUT`
 measures another version in their place, in the same turns.
@@ -26,8 +27,9 @@ from typing import Any
 
 from bench import harness
 from bench.gateway import gateway
-from bench.harness import CHECKOUT, ENVIRON, Server
+from bench.harness import CHECKOUT, Server
 from bench.results import Row, write
+from bench.serving.raw import Raw
 from bench.serving.servers import VALUES
 from gpu_service import bundle
 
@@ -49,6 +51,7 @@ class Bench:
         self.seconds = seconds
         self.figures: dict[str, list[float]] = defaultdict(list)
         self.servers: dict[str, Server] = {}
+        self.alone = Raw(path)
         self.program = harness.built("load", folder)
         spec = bundle.read_manifest(path).inputs[0]
         harness.write_frame(folder / "model", spec.name, (1, *spec.shape))
@@ -56,17 +59,7 @@ class Bench:
 
     def raw(self, name: str, *, batch: int, pause_s: float = 0.0) -> None:
         """Samples a second of the model alone, and microseconds of one forward."""
-        command = [sys.executable, "-m", "bench.serving.raw", str(self.path), str(batch)]
-        command += [str(self.seconds), str(pause_s)]
-        result = subprocess.run(
-            ["taskset", "-c", str(harness.CORES[0]), *command],
-            cwd=CHECKOUT,
-            env=ENVIRON,
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        rate, duration_s = map(float, result.stdout.split())
+        rate, duration_s = self.alone.measure(batch=batch, seconds=self.seconds, pause_s=pause_s)
         self.figures[f"{name} rate"].append(rate)
         self.figures[f"{name} us"].append(duration_s * 1e6)
 
@@ -120,6 +113,7 @@ def opened(path: Path, seconds: float) -> Iterator[Bench]:
         try:
             yield bench
         finally:
+            bench.alone.close()
             for server in reversed(bench.servers.values()):
                 server.stop()
 
@@ -216,8 +210,8 @@ def rows(bench: Bench, name: str = "") -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=0.8, help="of each measurement")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another version")
     options = parser.parse_args()
     versions = {"": harness.release()}

@@ -205,6 +205,13 @@ static int ticks(double rate) {
     return timer;
 }
 
+static double used_cpu(void) {
+    struct rusage used;
+    getrusage(RUSAGE_SELF, &used);
+    return (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec)
+        + (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+}
+
 int main(int count, char **arguments) {
     if (count != 7 && count != 8)
         fail("usage: load ws|http HOST PORT CONNECTIONS SECONDS FILE [RATE]");
@@ -230,7 +237,14 @@ int main(int count, char **arguments) {
     for (int i = 0; timer < 0 && i < connections; i++) ask(&all[i], started);
     struct epoll_event events[256];
     uint64_t at = started;
+    double before = 0;
+    int warming = timer < 0;
     while (at < end) {
+        // Each has been answered once: from here on, none is idle for being new.
+        if (warming && answered >= (size_t)connections) {
+            warming = 0, answered = 0, before = used_cpu();
+            started = at, end = started + (uint64_t)(seconds * 1e9);
+        }
         int ready = epoll_wait(poll, events, 256, 10000);
         if (ready <= 0) fail("no reply for 10 s");
         for (int i = 0; i < ready; i++) {
@@ -252,10 +266,7 @@ int main(int count, char **arguments) {
             if (timer < 0) ask(it, at);
         }
     }
-    struct rusage used;
-    getrusage(RUSAGE_SELF, &used);
-    double cpu = (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec)
-        + (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec) / 1e6;
+    double cpu = used_cpu() - before;
     double took = (double)(at - started) / 1e9;
     qsort(latencies, answered, sizeof *latencies, ascending);
     printf("{\"requests\": %zu, \"seconds\": %.6f, \"cpu_s\": %.6f, "

@@ -29,6 +29,27 @@ LAB = os.environ.get("GATEWAY_TEST_LAB") or "deploy" + (
 )
 BIN = Path(sys.executable).parent
 
+# Everything of a host that a deploy could change: files with mode, owner and (in /etc) digest;
+# packages, users, units, the firewall. Left out is what package manager and systemd keep for
+# themselves, copies that useradd makes, and firewalld's own of a zone that was ever changed.
+_LISTING = """
+cd /
+find etc opt usr/lib/systemd usr/lib64 usr/libexec usr/local usr/sbin usr/share/nginx var/lib \
+    var/cache var/log/nginx var/www ! -path 'var/lib/dnf*' ! -path 'var/lib/rpm/*' \
+    ! -path 'var/cache/dnf*' ! -path 'var/lib/systemd*' ! -path 'var/lib/private*' \
+    ! -path 'var/cache/private*' ! -path 'etc/*-' ! -path etc/.pwd.lock \
+    ! -path 'var/lib/logrotate*' ! -path 'etc/firewalld/zones/*' \\
+    -printf 'file %y %m %u %g %p %l\n' 2>/dev/null
+find etc -type f ! -path 'etc/*-' ! -path etc/.pwd.lock ! -path 'etc/firewalld/zones/*' \\
+    -exec sha256sum {} +
+rpm -qa | sed 's/^/package /'
+getent passwd
+getent group
+systemctl list-unit-files --no-legend --plain | grep -v transient
+firewall-cmd --list-all | sed 's/^/firewall, now: /'
+firewall-cmd --permanent --list-all | sed 's/^/firewall: /'
+"""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All of these need hosts. They run in file order: each leaves the hosts deployed."""
@@ -94,6 +115,10 @@ class Deployment:
         if check and result.returncode:
             raise AssertionError(f"{host}: {' '.join(command)}: {result.stdout}{result.stderr}")
         return result.stdout
+
+    def listing(self, host: str) -> frozenset[str]:
+        """What of the host a deploy could change, a line each."""
+        return frozenset(self.on(host, "bash", "-c", _LISTING).splitlines())
 
 
 def as_argument(value: object) -> str:
