@@ -236,8 +236,8 @@ class Queue(Generic[T]):
         return self._samples
 
     def aim_at(self, good: int, *, best: int, sizes: Sequence[int] = ()) -> None:
-        """Gather half of what is under way, but `good` samples, because larger batches gain little
-        on this device, and not more than `best`, because larger ones gain nothing.
+        """Gather half of what is under way: at least `good` samples, because smaller batches are
+        slow on this device, and at most `best`, because larger ones gain nothing.
 
         The other half is the next batch, which the device finds ready while this one's answers
         are on their way. Where batches are padded to one of `sizes`, the half is rounded down to
