@@ -4,10 +4,10 @@ headers and picows.
 The raw forward, the service, the same through nginx and with a model that computes nothing, and
 picows' echo server are measured in turns, many times, on one machine. What is compared is measured
 one after the other, for a moment: a virtual machine that shares its cores is slower for seconds at
-a time. Ratios and differences are medians of those of each turn. The raw
-forward is the faster one of two sizes of batch. The load client is built from `load.c`. The service
-is the compiled one, as hosts have it, and beside it the same from its sources; `--against CHECKOUT`
-measures another version in their place, in the same turns.
+a time. Ratios and differences are medians of those of each turn. The raw forward is the faster one
+of two sizes of batch. The load client is built from `load.c`. The service is the compiled one, as
+hosts have it, and beside it the same from its sources; `--against CHECKOUT` measures another
+version in their place, in the same turns.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Bench:
         self.seconds = seconds
         self.figures: dict[str, list[float]] = defaultdict(list)
         self.servers: dict[str, Server] = {}
-        self.alone = Raw(path)
+        self._alone: Raw | None = None  # the peers' benchmark does not ask it
         self.program = harness.built("load", folder)
         spec = bundle.read_manifest(path).inputs[0]
         harness.write_frame(folder / "model", spec.name, (1, *spec.shape))
@@ -59,7 +59,8 @@ class Bench:
 
     def raw(self, name: str, *, batch: int, pause_s: float = 0.0) -> None:
         """Samples a second of the model alone, and microseconds of one forward."""
-        rate, duration_s = self.alone.measure(batch=batch, seconds=self.seconds, pause_s=pause_s)
+        self._alone = self._alone or Raw(self.path)
+        rate, duration_s = self._alone.measure(batch=batch, seconds=self.seconds, pause_s=pause_s)
         self.figures[f"{name} rate"].append(rate)
         self.figures[f"{name} us"].append(duration_s * 1e6)
 
@@ -89,6 +90,13 @@ class Bench:
         self.figures[f"{name} p50 us"].append(got["p50_us"])
         self.figures[f"{name} p99 us"].append(got["p99_us"])
 
+    def close(self) -> None:
+        """End all that was started."""
+        if self._alone is not None:
+            self._alone.close()
+        for server in reversed(self.servers.values()):
+            server.stop()
+
     def median(self, name: str) -> float:
         """Of all turns."""
         return statistics.median(self.figures[name])
@@ -113,9 +121,7 @@ def opened(path: Path, seconds: float) -> Iterator[Bench]:
         try:
             yield bench
         finally:
-            bench.alone.close()
-            for server in reversed(bench.servers.values()):
-                server.stop()
+            bench.close()
 
 
 def start(bench: Bench, versions: dict[str, Path]) -> None:

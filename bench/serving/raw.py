@@ -40,7 +40,9 @@ class Raw:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(batch, seconds, pause_s, file=self._process.stdin, flush=True)
-        rate, duration_s = map(float, self._process.stdout.readline().split())
+        if not (answer := self._process.stdout.readline()):
+            sys.exit("the process of the raw forward has ended; what it said is above")
+        rate, duration_s = map(float, answer.split())
         return rate, duration_s
 
     def close(self) -> None:
