@@ -15,7 +15,7 @@ How a concern registers what it changes:
   `TREES`, and needs no note.
 * **Packages**: `record.packages(name=…, packages=[…])` in place of `yum.packages`; around another
   way of installing, `yield from record.installing([…], commands)`. What comes with them
-  (dependencies, users) is noted too.
+  (dependencies, users) is noted too. What their daemons write is in `DAEMONS`.
 * **A user or group**: `record.user(…)`, `record.group(…)`, with the arguments of `server.user`.
 * **A unit** of somebody else's that is enabled, started or stopped: `yield record.unit(name)`
   before. Instances of `gpu-worker@` and units whose file is placed by us are stopped anyway.
@@ -63,6 +63,23 @@ TREES: Mapping[str, str] = {
 
 # The same, for folders that the operator may want to keep.
 KEPT_TREES: Mapping[str, str] = {SERVICE_STATE: "models and training runs"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Daemon:
+    """Folders that the daemons of a package fill, and that tell nobody else anything."""
+
+    state: tuple[str, ...] = ()
+    logs: tuple[str, ...] = ()
+
+
+# By the package's name, or its first word. They go when the package does.
+DAEMONS: Mapping[str, Daemon] = {
+    "nginx": Daemon(logs=("/var/log/nginx",)),
+    "munge": Daemon(state=("/var/lib/munge",), logs=("/var/log/munge",)),
+    "slurm": Daemon(state=("/var/spool/slurm",), logs=("/var/log/slurm",)),
+}
+LOGS = tuple(path for daemon in DAEMONS.values() for path in daemon.logs)
 
 
 def is_generated(path: str) -> bool:
@@ -130,6 +147,12 @@ def installing(packages: Iterable[str], commands: Commands) -> Commands:
         yield _note("came", names[0])
 
 
+def daemons(packages: Iterable[str]) -> list[Daemon]:
+    """Those of `DAEMONS` that come with packages, or go with them. Pure."""
+    families = {package.partition("-")[0] for package in packages}
+    return [daemon for name, daemon in DAEMONS.items() if name in families]
+
+
 def by_manager(package: str, manager: str) -> Commands:
     """A package, by the package manager that the host has: `apt`, or `dnf`."""
     if manager == "apt":
@@ -158,7 +181,9 @@ def packages(packages: Iterable[str]) -> Commands:
     if host.get_fact(RpmPackages).keys() >= set(wanted):
         host.noop(f"there already: {', '.join(wanted)}")
         return
-    yield from installing(wanted, yum.packages._inner(packages=wanted))
+    commands = installing(wanted, yum.packages._inner(packages=wanted))
+    state = [path for daemon in daemons(wanted) for path in daemon.state]
+    yield from before(folders(state), commands) if state else commands
 
 
 # What decides whether a user is as declared; with `uid` and the like, pyinfra compares.

@@ -25,7 +25,6 @@ from provision.settings import SERVICE_STATE, UNITS
 NGINX = "nginx.service"
 NGINX_CONF = "/etc/nginx/nginx.conf"
 TRAINING = "gpu-training.service"
-LOGS = "/var/log/nginx"
 RECORD = posixpath.basename(record.FOLDER)
 
 # What nginx reads, so that it stays where nginx stays as it is.
@@ -470,6 +469,14 @@ def _leaving(noted: Record, fate: Fate) -> dict[str, Leaving]:
     return found
 
 
+def _free(noted: Record) -> list[str]:
+    """What deploys installed and nothing else needs, gone already or not."""
+    fate, _ = _fate(noted, _files(noted))
+    leaving = _leaving(noted, fate)
+    brought = installed_here(noted, fate)
+    return [name for asked in brought if not leaving[asked].obstacles for name in brought[asked]]
+
+
 @operation()
 def packages_go() -> Commands:
     """Packages that a deploy installed, with what came with them, unless something else needs them.
@@ -511,22 +518,35 @@ def packages_left(leaving: Leaving, *, gone: bool) -> list[Left]:
     return [Left(what=f"package {', '.join(leaving.installed)}", why=why) for why in reasons]
 
 
-def folders_of(noted: Record, keep: frozenset[str]) -> tuple[list[str], list[str]]:
-    """Folders that go whole, and those that go where they are empty, the deepest first. Pure."""
+def folders_of(
+    noted: Record, keep: frozenset[str], packages: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Folders that go whole, and those that go where they are empty, the deepest first. Pure.
+
+    `packages`: those that go, or have gone. What their daemons wrote goes with them: logs, which
+    may be older, where they are not to be kept, and state where it came by a deploy.
+    """
+    daemons = record.daemons(packages)
+    found = noted.of("folder")
     whole = list(record.TREES)
     whole += [path for path in record.KEPT_TREES if "models" not in keep]
-    made = sorted(noted.of("folder"), key=lambda path: path.count("/"), reverse=True)
-    return whole, [path for path in made if not record.is_generated(path)]
+    whole += [path for daemon in daemons for path in daemon.state if path in found]
+    whole += [path for daemon in daemons for path in daemon.logs if "logs" not in keep]
+    kept = (*whole, *(record.LOGS if "logs" in keep else ()))
+    made = sorted(found, key=lambda path: path.count("/"), reverse=True)
+    return whole, [
+        path
+        for path in made
+        if not record.is_generated(path)
+        and not any(f"{path}/".startswith(f"{folder}/") for folder in kept)
+    ]
 
 
 @operation()
 def folders_go(keep: frozenset[str]) -> Commands:
     """Folders of ours; with what is in them where all of it was generated."""
     noted = _noted()
-    whole, made = folders_of(noted, keep)
-    fate, _ = _fate(noted, _files(noted))
-    if fate is Fate.GONE and "logs" not in keep:
-        whole.append(LOGS)
+    whole, made = folders_of(noted, keep, _free(noted))
     of_gateway = host.get_fact(facts.NewestFirst, paths=(record.STATE,)).get(record.STATE, [])
     whole += [f"{record.STATE}/{name}" for name in of_gateway if name != RECORD]
     there = host.get_fact(facts.Paths, paths=tuple(whole))
@@ -606,7 +626,7 @@ def accounts_go() -> Commands:
         if account not in there:
             continue
         if kind == "user":
-            yield script(_USERDEL, name, LOGS, SERVICE_STATE)
+            yield script(_USERDEL, name, *record.LOGS, SERVICE_STATE)
         else:  # userdel took it where it was the user's own
             yield script('! grep -q "^$1:" /etc/group || groupdel "$1"', name)
 
@@ -641,12 +661,12 @@ def record_goes(keep: frozenset[str]) -> Commands:
     """Say what stays. The record goes last, and only where nothing is left that it tells of."""
     noted = _noted()
     left = left_on(noted, keep)
-    kept = {"models": SERVICE_STATE, "logs": LOGS}
-    there = host.get_fact(facts.FolderStates, paths=(record.STATE, *kept.values()))
+    kept = {SERVICE_STATE: "models", **dict.fromkeys(record.LOGS, "logs")}
+    there = host.get_fact(facts.FolderStates, paths=(record.STATE, *kept))
     _say(left)
     _say(
         f"{path} stays: {what} are kept"
-        for what, path in kept.items()
+        for path, what in kept.items()
         if what in keep and path in there
     )
     if noted.is_late:

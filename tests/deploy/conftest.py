@@ -31,17 +31,19 @@ BIN = Path(sys.executable).parent
 
 # Everything of a host that a deploy could change: files with mode, owner and (in /etc) digest;
 # packages, users, units, the firewall. Left out is what package manager and systemd keep for
-# themselves, copies that useradd makes, and firewalld's own of a zone that was ever changed.
+# themselves, what ldconfig does, copies that useradd makes, and firewalld's own of a zone that was
+# ever changed.
 _LISTING = """
 cd /
 find etc opt usr/lib/systemd usr/lib64 usr/libexec usr/local usr/sbin usr/share/nginx var/lib \
-    var/cache var/log/nginx var/www ! -path 'var/lib/dnf*' ! -path 'var/lib/rpm/*' \
+    var/cache var/log/munge var/log/nginx var/log/slurm var/spool/slurm var/www \
+    ! -path 'var/lib/dnf*' ! -path 'var/lib/rpm/*' ! -path 'var/cache/ldconfig/*' \
     ! -path 'var/cache/dnf*' ! -path 'var/lib/systemd*' ! -path 'var/lib/private*' \
     ! -path 'var/cache/private*' ! -path 'etc/*-' ! -path etc/.pwd.lock \
     ! -path 'var/lib/logrotate*' ! -path 'etc/firewalld/zones/*' \\
     -printf 'file %y %m %u %g %p %l\n' 2>/dev/null
-find etc -type f ! -path 'etc/*-' ! -path etc/.pwd.lock ! -path 'etc/firewalld/zones/*' \\
-    -exec sha256sum {} +
+find etc -type f ! -path 'etc/*-' ! -path etc/.pwd.lock ! -path etc/ld.so.cache \\
+    ! -path 'etc/firewalld/zones/*' -exec sha256sum {} +
 rpm -qa | sed 's/^/package /'
 getent passwd
 getent group

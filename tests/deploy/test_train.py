@@ -6,6 +6,7 @@ hosts, then through Slurm, which the deploy makes of them; that one is interrupt
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -30,9 +31,10 @@ KEY = "/etc/munge/munge.key"
 
 @dataclass(frozen=True, kw_only=True)
 class Trainers(Deployment):
-    """The hosts that train; `models` is where their bundles arrive."""
+    """The hosts that train, and what they were like; `models` is where their bundles arrive."""
 
     models: Path
+    found: dict[str, frozenset[str]]
 
     @property
     def environment(self) -> dict[str, str]:
@@ -56,12 +58,15 @@ def trainers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainers]:
     lab_command("down")
     lab_command("up", "--with", "slurm", "train1", "train2")
     try:
-        yield Trainers(
-            hosts=lab.inventory(TRAINERS),
+        hosts = lab.inventory(TRAINERS)
+        fresh = Trainers(
+            hosts=hosts,
             gateway_url="",
             model=Path("models/digits"),
             models=tmp_path_factory.mktemp("trained"),
+            found={},
         )
+        yield dataclasses.replace(fresh, found={host: fresh.listing(host) for host in hosts})
     finally:
         lab_command("down")
 
@@ -122,3 +127,11 @@ def test_trainers_train_with_torchrun_and_as_a_slurm_cluster_and_the_result_serv
     deployed = deployment.run(model=str(second))
     assert deployed.returncode == 0, deployed.output
     assert f"gpu1:9005 serves digits {second.name}" in deployed.output
+
+
+def test_nothing_is_left_of_training_and_its_slurm(trainers: Trainers) -> None:
+    gone = trainers.run(deploy="uninstall.py", slurm=True, keep="nothing")
+    assert gone.returncode == 0, gone.output
+    for host, before in trainers.found.items():
+        left = before ^ trainers.listing(host)
+        assert not left, "\n".join([host, *sorted(left)])

@@ -261,6 +261,28 @@ def test_the_models_go_unless_they_are_kept() -> None:
     assert SERVICE_STATE not in removal.folders_of(found, frozenset({"models"}))[0]
 
 
+STATE, STATES_S, LOG = "/var/spool/slurm", "/var/spool/slurm/d", "/var/log/slurm"
+SLURM_S = [f"folder | {path} | found | absent" for path in (STATE, STATES_S, LOG)]
+
+
+def test_what_daemons_wrote_goes_with_their_package() -> None:
+    whole, made = removal.folders_of(noted(*SLURM_S), frozenset(), ["slurm-slurmd"])
+    assert {STATE, LOG} <= {*whole}
+    assert made == []
+    whole, made = removal.folders_of(noted(*SLURM_S), frozenset({"logs"}), ["slurm-slurmd"])
+    assert STATE in whole
+    assert LOG not in whole
+    assert made == []  # so the logs are nothing that the record has to stay for
+
+
+def test_what_daemons_wrote_stays_where_they_stay_or_were_there_before() -> None:
+    whole, made = removal.folders_of(noted(*SLURM_S), frozenset(), ["nginx"])
+    assert not {STATE, LOG} & {*whole}
+    assert {*made} == {STATE, STATES_S, LOG}  # where they are empty
+    whole, _ = removal.folders_of(noted(), frozenset(), ["slurm-slurmd"])
+    assert STATE not in whole
+
+
 def test_ports_that_deploys_opened_are_closed_and_those_they_shut_are_open_again() -> None:
     answers = {
         "busctl": [
