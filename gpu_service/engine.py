@@ -34,6 +34,9 @@ _JOINED_BYTES = 1 << 20
 _TIMED_TURNS = 9
 _TIMED_S = 3.0
 
+# How long the warm-up may take for the sizes between those, each of which it runs once.
+_BETWEEN_S = 1.0
+
 # What a batch costs beside its run: to be taken, handed over and waited for. Without it, the
 # choice of a good size would be between a large batch and twice the hand-overs for nothing.
 _HAND_OVER_S = 0.0002
@@ -302,10 +305,10 @@ class TorchEngine:
         return fetch
 
     def warm_up(self) -> None:
-        """Run each bucket, so that no client waits for kernels to be chosen or loaded.
+        """Run each size, so that no client waits for kernels to be chosen or loaded.
 
-        On a GPU each becomes a CUDA graph, where the model allows it. What a batch takes tells
-        which size is good enough, and from which one the fused form is the faster one.
+        On a GPU each bucket becomes a CUDA graph, where the model allows it. What a batch takes
+        tells which size is good enough, and from which one the fused form is the faster one.
         """
         sizes = buckets(self._max_batch)
         for size in reversed(sizes):
@@ -322,6 +325,11 @@ class TorchEngine:
             self._quick_batch = quick_batch(plain)
         if self._fused_from == math.inf:
             self._fused = self._run_fused = None  # with its copy of the weights
+        if not self.sizes:
+            # No batch is padded to a bucket. oneDNN makes code for each size that comes first,
+            # which takes up to four times as long as the batch, and keeps it.
+            for size in between(seconds, _BETWEEN_S):
+                self.run([self._example(size)])
 
     def _may_be_quick(self) -> bool:
         """Not on a GPU, which is waited for; nor with threads of torch's, of which a second caller
@@ -775,6 +783,23 @@ def quick_batch(seconds: Mapping[int, float]) -> int:
             break
         found = size
     return found
+
+
+def between(seconds: Mapping[int, float], limit_s: float) -> list[int]:
+    """The sizes of batch between those in `seconds`, as many as can be run once in `limit_s`.
+
+    The smallest ones, which clients meet most; the largest of them first, or each of the others
+    would find all memory that was freed before too small for it.
+    """
+    found: list[int] = []
+    measured = sorted(seconds)
+    for lower, upper in itertools.pairwise(measured):
+        for size in range(lower + 1, upper):
+            limit_s -= seconds[upper]
+            if limit_s < 0:
+                return found[::-1]
+            found.append(size)
+    return found[::-1]
 
 
 def _check(tensors: Sequence[torch.Tensor], specs: Sequence[TensorSpec], samples: int) -> None:

@@ -22,6 +22,7 @@ from gpu_service.engine import (
     TorchEngine,
     _Rounded,
     _traced,
+    between,
     buckets,
     choose_device,
     configure,
@@ -132,12 +133,29 @@ def test_buckets_are_powers_of_two_and_the_largest_batch(max_batch: int, sizes: 
     assert buckets(max_batch) == sizes
 
 
-def test_warm_up_runs_every_bucket() -> None:
+def test_warm_up_runs_every_size() -> None:
+    engine, module = make(lambda x: x)
+    engine.warm_up()
+    assert sorted(set(module.sizes)) == [1, 2, 3, 4, 5, 6]
+    assert module.sizes[-2:] == [5, 3]  # once is enough for what is not compared
+    assert engine.good_batch in (1, 2, 4, 6)
+    assert engine.good_batch <= engine.best_batch <= 6
+
+
+@pytest.mark.parametrize(
+    ("limit_s", "sizes"),
+    [(100.0, [9, 7, 6, 5, 3]), (12.0, [7, 6, 5, 3]), (6.5, [5, 3]), (1.0, []), (0.0, [])],
+)
+def test_as_many_sizes_as_there_is_time_for_run_once(limit_s: float, sizes: list[int]) -> None:
+    seconds = {1: 1.0, 2: 2.0, 4: 3.0, 8: 3.0, 10: 8.0}
+    assert between(seconds, limit_s) == sizes
+
+
+def test_warm_up_runs_every_bucket_of_a_slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_service.engine._BETWEEN_S", 0)
     engine, module = make(lambda x: x)
     engine.warm_up()
     assert sorted(set(module.sizes)) == [1, 2, 4, 6]
-    assert engine.good_batch in (1, 2, 4, 6)
-    assert engine.good_batch <= engine.best_batch <= 6
 
 
 @pytest.mark.parametrize(
