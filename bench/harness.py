@@ -99,6 +99,11 @@ class Server:
         """Resident memory of all its processes, what they share counted once."""
         return sum(_rollup(pid, "Pss:") for pid in _family(self.process.pid))
 
+    @property
+    def descriptors(self) -> int:
+        """How many descriptors all its processes have open."""
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in _family(self.process.pid))
+
     def stop(self) -> None:
         """End it, and whatever it left behind."""
         if self._stopped:
