@@ -154,6 +154,19 @@ def one_turn(bench: Bench, versions: dict[str, Path]) -> None:
     bench.load("echo idle", server="echo", file="identity", connections=1)
     bench.load("echo idle through", server="nginx echo", file="identity", connections=1)
     bench.raw("woken", batch=1, pause_s=_PAUSE_S)
+    with last_core_busy():
+        bench.raw("beside", batch=32)
+
+
+@contextlib.contextmanager
+def last_core_busy() -> Iterator[None]:
+    """Something computes on the load client's core, and does nothing else."""
+    process = subprocess.Popen(harness.on_last_core([sys.executable, "-c", "while True: pass"]))
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def rows(bench: Bench, name: str = "") -> list[Row]:
@@ -239,6 +252,11 @@ def main() -> int:
         figures += [
             Row(name="raw forward, batches of 64", value=bench.median("raw 64 rate"), unit="1/s"),
             Row(name="raw forward, batches of 32", value=bench.median("raw 32 rate"), unit="1/s"),
+            Row(
+                name="raw forward, batches of 32, while another core computes",
+                value=bench.median("beside rate"),
+                unit="1/s",
+            ),
             Row(name="raw forward, one sample", value=bench.median("single us"), unit="µs"),
             Row(
                 name="raw forward, one sample, after a sleep of 0.5 ms",
