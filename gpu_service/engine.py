@@ -311,8 +311,7 @@ class TorchEngine:
         tells which size is good enough, and from which one the fused form is the faster one.
         """
         sizes = buckets(self._max_batch)
-        for size in reversed(sizes):
-            self.run([self._example(size)])
+        first = {size: self.run([self._example(size)]).infer_s for size in reversed(sizes)}
         if self._cuda is not None and self._hosts:
             self._capture()
         plain, fused = self._timed(sizes)
@@ -327,8 +326,8 @@ class TorchEngine:
             self._fused = self._run_fused = None  # with its copy of the weights
         if not self.sizes:
             # No batch is padded to a bucket. oneDNN makes code for each size that comes first,
-            # which takes up to four times as long as the batch, and keeps it.
-            for size in between(seconds, _BETWEEN_S):
+            # which takes up to three times as long as the batch, and keeps it.
+            for size in between(first, _BETWEEN_S):
                 self.run([self._example(size)])
 
     def _may_be_quick(self) -> bool:
@@ -788,8 +787,8 @@ def quick_batch(seconds: Mapping[int, float]) -> int:
 def between(seconds: Mapping[int, float], limit_s: float) -> list[int]:
     """The sizes of batch between those in `seconds`, as many as can be run once in `limit_s`.
 
-    The smallest ones, which clients meet most; the largest of them first, or each of the others
-    would find all memory that was freed before too small for it.
+    `seconds` of a first run by size. The smallest ones, which clients meet most; the largest of
+    them first, or each of the others would find all memory that was freed before too small for it.
     """
     found: list[int] = []
     measured = sorted(seconds)
