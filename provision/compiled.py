@@ -104,6 +104,13 @@ def find(*, python: str, machine: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def is_outdated(*, python: str, machine: str) -> bool:
+    """Whether what is here for such hosts was compiled of other sources, or by another compiler."""
+    if not has_compiler() or find(python=python, machine=machine) is not None:
+        return False
+    return any(ROOT.glob(f"{tag(python, machine)}-*"))
+
+
 def build() -> Path:
     """Compile for hosts with this machine's Python, unless that is done. Raises CompilingError."""
     python, machine = f"{sys.version_info.major}.{sys.version_info.minor}", os.uname().machine

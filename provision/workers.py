@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 
-from pyinfra import host
+from pyinfra import host, logger
 from pyinfra.api import StringCommand, deploy, operation
 from pyinfra.api.exceptions import DeployError
 
@@ -524,7 +524,18 @@ def choose_release(settings: WorkerSettings, hardware: Hardware) -> Release:
             f"{python} on {hardware.machine}; on a machine with both: "
             ".venv/bin/python -m provision.compiled"
         )
+    if compiled.is_outdated(python=python, machine=hardware.machine):
+        _warn_of_sources()
     return build_release(folder)
+
+
+@cache
+def _warn_of_sources() -> None:
+    """Once a run, not for each host."""
+    logger.warning(
+        "worker_compiled: the sources have changed since they were compiled, so workers run them "
+        "as they are, which is slower; before a deploy: .venv/bin/python -m provision.compiled"
+    )
 
 
 @cache

@@ -82,6 +82,24 @@ def test_which_release_a_host_gets(built: Path) -> None:
         workers.choose_release(settings("yes"), other)
 
 
+@pytest.mark.usefixtures("in_context", "built")
+def test_a_deploy_of_sources_that_changed_since_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    workers._warn_of_sources.cache_clear()
+    workers.choose_release(settings("auto"), THIS)
+    workers.choose_release(settings("auto"), Hardware(machine="riscv64"))
+    assert caplog.messages == []  # what is there serves; and nobody ever compiled for the other
+    monkeypatch.setattr(compiled, "digest", lambda: "0" * 16)
+    workers.choose_release(settings("no"), THIS)
+    assert caplog.messages == []
+    for _ in range(2):  # hosts
+        assert workers.choose_release(settings("auto"), THIS) == workers.build_release()
+    (said,) = caplog.messages
+    assert "the sources have changed since they were compiled" in said
+    assert ".venv/bin/python -m provision.compiled" in said
+
+
 @pytest.mark.usefixtures("in_context")
 def test_without_the_compiler_the_sources_are_deployed(
     built: Path, monkeypatch: pytest.MonkeyPatch
