@@ -30,9 +30,9 @@ from gpu_service import bundle
 MOST_HELD = 8000
 ACTIVE_CONNECTIONS = 128  # enough for its rate when an answer takes 0.4 s
 
-# What a server has open without clients, and how soon it shall be without.
-FEW_DESCRIPTORS = 256
+# How soon nginx and the workers shall have closed what clients left behind, but for a few.
 CLOSED_S = 30
+FEW_DESCRIPTORS = 128
 
 
 class Fleet:
@@ -70,6 +70,7 @@ class Fleet:
     @contextlib.contextmanager
     def held(self) -> Iterator[Held]:
         """All connections open."""
+        before = self._descriptors
         held = Held()
         command = [str(self._programs["connections"]), "hold", "127.0.0.1", self._port]
         try:
@@ -79,12 +80,16 @@ class Fleet:
             yield held
         finally:
             held.close()
-            self._until_closed()
+            self._until_closed(before)
 
-    def _until_closed(self) -> None:
-        """Wait until nginx and the workers have closed what their clients left behind."""
+    @property
+    def _descriptors(self) -> int:
+        return sum(server.descriptors for server in self.servers)
+
+    def _until_closed(self, before: int) -> None:
+        """Wait until as few descriptors are open as before the clients came."""
         deadline = time.monotonic() + CLOSED_S
-        while max(server.descriptors for server in self.servers) > FEW_DESCRIPTORS:
+        while self._descriptors > before + FEW_DESCRIPTORS:
             if time.monotonic() > deadline:
                 sys.exit(f"connections were not closed within {CLOSED_S} s of their clients' end")
             time.sleep(0.1)
