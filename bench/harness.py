@@ -71,6 +71,7 @@ class Server:
         )
         self._stopped = False
         atexit.register(self.stop)  # whatever goes wrong, nothing is left behind
+        signal.signal(signal.SIGTERM, _exit)  # as `timeout` sends it, which else runs no atexit
         self._wait(is_ready or (lambda: answers(port)))
 
     def _wait(self, is_ready: Callable[[], bool]) -> None:
@@ -124,6 +125,10 @@ class Server:
                 os.waitpid(pid, 0)
         for path in shared:  # pytriton leaves its blocks behind
             path.unlink(missing_ok=True)
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)
 
 
 def answers(port: int) -> bool:
