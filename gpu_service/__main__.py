@@ -335,6 +335,7 @@ def _open_engine(chosen: settings.Settings, path: Path) -> "Engine":
         device=engine.choose_device(chosen.device),
         max_batch=chosen.max_batch,
         max_streams=chosen.max_streams,
+        max_fused=chosen.max_fused,
         precision=chosen.precision,
         factories=settings.listed(chosen.factories),
     )

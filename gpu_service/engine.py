@@ -2,17 +2,15 @@
 
 Owns the device's buffers, the weights and the state of sequences. `open_bundle` runs on whatever
 thread loads models; once an engine serves, the inference thread alone calls it (see `dispatch`).
-Of a worker that serves, only this module and the networks in `models/` import torch.
+Of a worker that serves, only this module, `fusion` and the networks in `models/` import torch.
 """
 
 import functools
 import itertools
-import math
 import os
 import statistics
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,9 +18,10 @@ import numpy
 import torch
 from numpy.typing import NDArray
 
-from gpu_service import bundle, datatypes, golden, logs, models
+from gpu_service import bundle, datatypes, fusion, golden, logs, models
 from gpu_service.bundle import TensorSpec
 from gpu_service.device import BatchOutput, StartupError, Stream, Tensors
+from gpu_service.fusion import Fusion, as_tuple, assert_close
 from gpu_service.signature import DYNAMIC, ModelInfo, shape_fits
 
 K = TypeVar("K")
@@ -45,7 +44,9 @@ _HAND_OVER_S = 0.0002
 # 0.1 ms. What arrives meanwhile waits for the device in any case.
 _QUICK_S = 0.001
 
-# The share of a batch's time that the fused form may take at most, for it has weights of its own.
+# How long the warm-up may make fused forms, and the share of a batch's time that one may take at
+# most, for it has weights of its own.
+_FUSING_S = 3.0
 _WORTH_FUSING = 0.95
 
 # How much longer a sample may take in a batch that is called good. More is lost when all that
@@ -92,6 +93,11 @@ class _Host:
         joined = b"".join(cast(Sequence[bytes], arrays))
         self._views[number][: len(joined)] = joined
 
+    def clear(self, start: int, end: int) -> None:
+        """Zeros in those rows of each buffer: what an earlier batch failed at is not run again."""
+        for array in self.arrays:
+            array[start:end] = 0
+
     def first(self, rows: int) -> list[torch.Tensor]:
         """The first `rows` of each buffer.
 
@@ -118,7 +124,7 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         # Thread-local, because another model may serve meanwhile.
         with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._results = _as_tuple(network(*inputs))
+            self._results = as_tuple(network(*inputs))
 
     def replay(self) -> tuple[torch.Tensor, ...]:
         """Run it on its inputs' memory; the next replay overwrites the results."""
@@ -141,7 +147,8 @@ class _Fetched:
 class TorchEngine:
     """Runs `network`, as `models.load_model` returns it, in batches of up to `max_batch` samples.
 
-    `fused` is another form of the same network, for batches in which the warm-up finds it faster.
+    `fusion` makes forms of the same network for single sizes of batch, of which the warm-up keeps
+    up to `max_fused` that it finds faster; smaller batches are padded to them.
     `max_streams` sequences may hold state, in rows of tensors on the device: one gather before
     a batch, one scatter after it. `examples` are inputs [n, …] by name, needed for a model with
     dynamic dimensions, whose warm-up takes their sizes. An `Engine`.
@@ -156,16 +163,19 @@ class TorchEngine:
         max_batch: int,
         max_streams: int = 0,
         examples: Tensors | None = None,
-        fused: torch.nn.Module | None = None,
+        fusion: Fusion | None = None,
+        max_fused: int = 0,
     ) -> None:
         self._network = network.to(device)
-        self._fused = fused
-        self._run_network, self._run_fused = _called(self._network), _called(fused)
+        self._run_network = _called(self._network)
+        self._fusion = fusion
+        self._max_fused = max_fused
+        self._fused: dict[int, Callable[..., Any]] = {}
+        self._padded: Mapping[int, int] = {}  # to one of those sizes
         # Made once: each costs as much as an operation of torch. Nothing here runs twice at a time.
         self._inference = torch.inference_mode()
         self._input_names = [spec.name for spec in info.inputs]
         self._output_names = [spec.name for spec in info.outputs]
-        self._fused_from: float = math.inf
         self._info = info
         self._device = device
         self._max_batch = max_batch
@@ -212,8 +222,8 @@ class TorchEngine:
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The buckets of a GPU."""
-        return buckets(self._max_batch) if self._cuda is not None and self._hosts else ()
+        """The buckets of a GPU; on a CPU, what there are fused forms of."""
+        return buckets(self._max_batch) if self._has_buckets else self.fused
 
     @property
     def quick_batch(self) -> int:
@@ -236,9 +246,13 @@ class TorchEngine:
         return sum(state.nbytes for state in self._state)
 
     @property
-    def fused_from(self) -> int | None:
-        """Samples from which the fused form is the faster one; None if it never is."""
-        return None if self._fused_from == math.inf else int(self._fused_from)
+    def _has_buckets(self) -> bool:
+        return self._cuda is not None and bool(self._hosts)
+
+    @property
+    def fused(self) -> Sequence[int]:
+        """The sizes of batch that there are fused forms of."""
+        return sorted(self._fused)
 
     @property
     def graphs(self) -> int:
@@ -252,8 +266,10 @@ class TorchEngine:
     def close(self) -> None:
         """Give the memory back."""
         self._graphs.clear()
-        self._network = self._fused = torch.nn.Identity()
-        self._run_network = self._run_fused = self._network
+        self._fused.clear()
+        self._padded = {}
+        self._network = self._run_network = torch.nn.Identity()
+        self._fusion = None
         for buffers in (self._state, self._state_in, self._on_device, self._hosts):
             buffers.clear()
         if self._cuda is not None:
@@ -286,7 +302,7 @@ class TorchEngine:
         counts = [len(inputs[first]) for inputs in requests]
         samples = sum(counts)
         batch = self._inputs(requests, samples)
-        size = samples if self._cuda is None else batch[0].shape[0]
+        size = batch[0].shape[0]
         rows = self._rows(streams, counts, size) if self._state else None
         copied = self._mark()
         results = self._forward(batch, rows, size)
@@ -307,28 +323,48 @@ class TorchEngine:
     def warm_up(self) -> None:
         """Run each size, so that no client waits for kernels to be chosen or loaded.
 
-        On a GPU each bucket becomes a CUDA graph, where the model allows it. What a batch takes
-        tells which size is good enough, and from which one the fused form is the faster one.
+        On a GPU each bucket becomes a CUDA graph, where the model allows it; on a CPU some sizes
+        get fused forms. What a batch takes tells which of those pay and which size is good enough.
         """
         sizes = buckets(self._max_batch)
         first = {size: self.run([self._example(size)]).infer_s for size in reversed(sizes)}
-        if self._cuda is not None and self._hosts:
+        if self._has_buckets:
             self._capture()
+        self._fuse()
         plain, fused = self._timed(sizes)
-        if fused:
-            self._fused_from = fused_from(plain, fused)
-        seconds = {n: (fused if n >= self._fused_from else plain)[n] + _HAND_OVER_S for n in sizes}
-        self._good_batch = good_batch(seconds)
-        self._best_batch = min(sizes, key=lambda size: seconds[size] / size)
+        self._padded = padded(plain, fused)
+        for size in fused.keys() - set(self._padded.values()):
+            del self._fused[size]  # with its copy of the weights
+        seconds = {
+            size: fused[self._padded[size]] if size in self._padded else plain[size]
+            for size in sorted({*sizes, *self._fused})
+        }
+        self._choose({size: duration_s + _HAND_OVER_S for size, duration_s in seconds.items()})
         if self._may_be_quick():
-            self._quick_batch = quick_batch(plain)
-        if self._fused_from == math.inf:
-            self._fused = self._run_fused = None  # with its copy of the weights
-        if not self.sizes:
-            # No batch is padded to a bucket. oneDNN makes code for each size that comes first,
-            # which takes up to three times as long as the batch, and keeps it.
-            for size in between(first, _BETWEEN_S):
+            self._quick_batch = quick_batch(seconds)
+        if not self._has_buckets:
+            # oneDNN makes code for each size that comes first, which takes up to three times as
+            # long as the batch, and keeps it.
+            for size in between(first, _BETWEEN_S, without=self._padded):
                 self.run([self._example(size)])
+
+    def _choose(self, seconds: Mapping[int, float]) -> None:
+        """Sizes of batch to aim at, by what one takes altogether."""
+        self._good_batch = good_batch(seconds)
+        self._best_batch = min(seconds, key=lambda size: seconds[size] / size)
+
+    def _fuse(self) -> None:
+        """Make fused forms, of the most useful sizes if there is no time for all."""
+        if self._fusion is None:
+            return
+        most = min(self._fusion.most, self._max_fused)
+        started = time.perf_counter()
+        for size in fusion.fused_sizes(self._max_batch)[:most]:
+            form = self._fusion.form(size)
+            if form is None or time.perf_counter() - started > _FUSING_S:
+                break
+            self._fused[size] = form.forward
+        self._fusion = None  # and with it the module
 
     def _may_be_quick(self) -> bool:
         """Not on a GPU, which is waited for; nor with threads of torch's, of which a second caller
@@ -337,21 +373,22 @@ class TorchEngine:
         return self._cuda is None and torch.get_num_threads() == 1 and not _is_dynamic(self._info)
 
     def _timed(self, sizes: Sequence[int]) -> tuple[dict[int, float], dict[int, float]]:
-        """Seconds of a batch by size, of the network and of its fused form if there is one."""
-        forms = [math.inf] if self._fused is None else [math.inf, 0]
-        turns: list[dict[tuple[float, int], float]] = []
+        """Seconds of a batch by size, of the network as it is and of its fused forms."""
+        forms = self._fused
+        turns: list[dict[tuple[bool, int], float]] = []
         started = time.perf_counter()
         while len(turns) < _TIMED_TURNS and time.perf_counter() - started < _TIMED_S:
-            turn: dict[tuple[float, int], float] = {}
-            for self._fused_from in forms:
-                for size in reversed(sizes):
-                    turn[self._fused_from, size] = self.run([self._example(size)]).infer_s
+            turn: dict[tuple[bool, int], float] = {}
+            for self._fused in [{}, forms] if forms else [{}]:
+                for size in sorted(self._fused or sizes, reverse=True):
+                    run = self.run([self._example(size)])
+                    turn[bool(self._fused), size] = run.infer_s
             turns.append(turn)
-        self._fused_from = math.inf
+        self._fused = forms
         seconds = typical(turns)
         plain, fused = (
-            {size: duration_s for (of, size), duration_s in seconds.items() if of == form}
-            for form in (math.inf, 0)
+            {size: duration_s for (of, size), duration_s in seconds.items() if of is is_fused}
+            for is_fused in (False, True)
         )
         return plain, fused
 
@@ -408,8 +445,11 @@ class TorchEngine:
         for number, arrays in enumerate(by_input):
             host.fill(number, arrays, samples)
         if self._cuda is None:
-            # The time of a batch grows with its size on a CPU: padding would be pure cost.
-            return host.first(samples)
+            # The time of a batch grows with its size on a CPU: padded only where that pays.
+            size = self._padded.get(samples, samples)
+            if size != samples:
+                host.clear(samples, size)
+            return host.first(size)
         size = next(size for size in buckets(self._max_batch) if size >= samples)
         batch = [
             device[:size].copy_(tensor[:size], non_blocking=True)
@@ -458,9 +498,8 @@ class TorchEngine:
                 torch.index_select(state, 0, rows, out=buffer[:size])
         elif rows is not None:
             states = [state.index_select(0, rows) for state in self._state]
-        run = self._run_network if size < self._fused_from else self._run_fused
-        assert run is not None
-        results = graph.replay() if graph else _as_tuple(run(*batch, *states))
+        run = self._fused.get(size, self._run_network)
+        results = graph.replay() if graph else as_tuple(run(*batch, *states))
         expected = len(self._output_names) + len(self._state)
         if len(results) != expected:
             raise ValueError(
@@ -551,10 +590,10 @@ class TorchEngine:
                     for tensor in inputs:
                         if tensor.is_floating_point():
                             tensor.uniform_()
-                    expected = [each.clone() for each in _as_tuple(self._network(*inputs))]
+                    expected = [each.clone() for each in as_tuple(self._network(*inputs))]
                 graph = _Graph(self._network, inputs, stream=self._cuda)
                 with torch.cuda.stream(self._cuda):
-                    _assert_close(graph.replay(), tuple(expected))
+                    assert_close(graph.replay(), tuple(expected))
                 self._graphs[size] = graph
         except Exception as error:
             self._graphs.clear()
@@ -567,6 +606,7 @@ def open_bundle(
     device: torch.device,
     max_batch: int,
     max_streams: int = 0,
+    max_fused: int = 0,
     precision: str = FP32,
     factories: Sequence[str] = (),
 ) -> TorchEngine:
@@ -580,17 +620,18 @@ def open_bundle(
     samples = bundle.load_samples(path)
     if precision == BF16:
         network = _Rounded(network, info, device)
-    traced = fused = None
+    forms = None
     if device.type == "cpu" and not _is_dynamic(info):
-        traced, fused = _traced(network, info, max_batch=max_batch)
+        forms = fusion.traced(network, info, max_batch=max_batch)
     engine = TorchEngine(
-        network if traced is None else traced,
+        network if forms is None else forms[0],
         info=info,
         device=device,
         max_batch=max_batch,
         max_streams=max_streams,
         examples=golden.inputs_of(samples),
-        fused=fused,
+        fusion=None if forms is None else forms[1],
+        max_fused=max_fused,
     )
     engine.warm_up()
     comparison = engine.self_test(samples, precision=precision)
@@ -603,8 +644,8 @@ def open_bundle(
         max_abs_diff=comparison.max_abs_diff,
         classes_differ=comparison.classes_differ,
         samples=len(next(iter(samples.values()))),
-        forward="traced" if traced is not None else "graphs" if engine.graphs else "module",
-        fused_from=engine.fused_from,
+        forward="traced" if forms is not None else "graphs" if engine.graphs else "module",
+        fused=engine.fused,
         good_batch=engine.good_batch,
         quick_batch=engine.quick_batch,
         best_batch=engine.best_batch,
@@ -640,78 +681,11 @@ class _Rounded(torch.nn.Module):
         """As the network's."""
         # The cache of rounded weights would be dropped at each exit, and can't be traced.
         with torch.autocast(self._type, dtype=torch.bfloat16, cache_enabled=False):
-            results = _as_tuple(self.network(*inputs))
+            results = as_tuple(self.network(*inputs))
         return tuple(
             tensor.to(dtype) if tensor.dtype is torch.bfloat16 and dtype is not None else tensor
             for tensor, dtype in itertools.zip_longest(results, self._dtypes[: len(results)])
         )
-
-
-def _traced(
-    network: torch.nn.Module, info: ModelInfo, *, max_batch: int
-) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
-    """The same network as one call, and the same with fused kernels: convolutions and what
-    follows them, with weights laid out for them. None where that may not be the same.
-
-    A module gives the GIL away and wants it back around each operation, and the event loop has it
-    then: on a CPU its clients see a quarter less of what the device can do. Both live in this
-    process only. Whatever depends on values, or on the size of a batch, can't be traced.
-    """
-    sizes = sorted({max_batch, min(2, max_batch), 1}, reverse=True)
-    specs = (*info.inputs, *info.state)
-    examples = [[_random(spec, size) for spec in specs] for size in sizes]
-    forms: list[torch.nn.Module] = []
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", DeprecationWarning)  # nothing else is as quick to load
-            warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-            trace = torch.jit.trace(  # type: ignore[no-untyped-call]
-                network, tuple(examples[0]), check_trace=False
-            )
-            for form in (torch.jit.freeze, torch.jit.optimize_for_inference):
-                # Other kernels add up in another order.
-                tolerance = (1e-4, 1e-5) if forms else None
-                made = form(trace)
-                for each in examples:
-                    _assert_close(made(*each), network(*each), tolerance)
-                forms.append(made)
-    except Exception as error:
-        what = "not_fused" if forms else "not_traced"
-        logs.info(what, reason=f"{type(error).__name__}: {error}"[:300])
-    traced, fused = (*forms, None, None)[:2]
-    return traced, fused
-
-
-# Relative and absolute, as torch.testing has them; integers and booleans have to be equal.
-_TOLERANCES = {
-    torch.float16: (1e-3, 1e-5),
-    torch.bfloat16: (1.6e-2, 1e-5),
-    torch.float32: (1.3e-6, 1e-5),
-    torch.float64: (1e-7, 1e-7),
-}
-
-
-def _assert_close(found: Any, expected: Any, tolerance: tuple[float, float] | None = None) -> None:
-    """As torch.testing.assert_close, which takes a second of every start: it imports sympy, and
-    500 modules more. Raises AssertionError.
-    """
-    for number, (one, other) in enumerate(zip(_as_tuple(found), _as_tuple(expected), strict=True)):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            raise AssertionError(
-                f"output {number} is {one.dtype} {tuple(one.shape)}, "
-                f"expected {other.dtype} {tuple(other.shape)}"
-            )
-        rtol, atol = tolerance or _TOLERANCES.get(other.dtype, (0.0, 0.0))
-        if not other.is_floating_point():
-            rtol = atol = 0.0
-        if not torch.isclose(one, other, rtol=rtol, atol=atol).all():
-            raise AssertionError(
-                f"output {number} is not close: off by {_distance(one, other):g} at most"
-            )
-
-
-def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() - other.double()).abs().max())
 
 
 def choose_device(device: str) -> torch.device:
@@ -751,16 +725,19 @@ def typical(turns: Sequence[Mapping[K, float]]) -> dict[K, float]:
     }
 
 
-def fused_from(plain: Mapping[int, float], fused: Mapping[int, float]) -> float:
-    """The size of a batch from which all are faster with the fused form; infinity for none.
+def padded(plain: Mapping[int, float], fused: Mapping[int, float]) -> dict[int, int]:
+    """By its own size, to which size a batch is padded: the next one that has a fused form, if
+    that takes less than the network as it is for the batch without padding.
 
-    Seconds of a run by size.
+    Seconds of a run by size, `plain` of the network as it is. In between, time is in proportion.
     """
-    found = math.inf
-    for size in sorted(plain, reverse=True):
-        if fused[size] > plain[size] * _WORTH_FUSING:
-            break
-        found = size
+    found: dict[int, int] = {}
+    for smaller, size in itertools.pairwise([0, *sorted(fused)]):
+        candidates = range(smaller + 1, size + 1)
+        as_it_is = numpy.interp(candidates, sorted(plain), [plain[each] for each in sorted(plain)])
+        for samples, duration_s in zip(candidates, as_it_is, strict=True):
+            if fused[size] <= duration_s * _WORTH_FUSING:
+                found[samples] = size
     return found
 
 
@@ -784,7 +761,9 @@ def quick_batch(seconds: Mapping[int, float]) -> int:
     return found
 
 
-def between(seconds: Mapping[int, float], limit_s: float) -> list[int]:
+def between(
+    seconds: Mapping[int, float], limit_s: float, *, without: Container[int] = ()
+) -> list[int]:
     """The sizes of batch between those in `seconds`, as many as can be run once in `limit_s`.
 
     `seconds` of a first run by size. The smallest ones, which clients meet most; the largest of
@@ -794,6 +773,8 @@ def between(seconds: Mapping[int, float], limit_s: float) -> list[int]:
     measured = sorted(seconds)
     for lower, upper in itertools.pairwise(measured):
         for size in range(lower + 1, upper):
+            if size in without:
+                continue
             limit_s -= seconds[upper]
             if limit_s < 0:
                 return found[::-1]
@@ -825,15 +806,11 @@ def _copied(array: NDArray[Any]) -> NDArray[Any]:
     return numpy.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
 
 
-def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
-
-
 def _is_dynamic(info: ModelInfo) -> bool:
     return any(DYNAMIC in spec.shape for spec in info.inputs)
 
 
-def _called(network: torch.nn.Module | None) -> Callable[..., Any] | None:
+def _called(network: torch.nn.Module) -> Callable[..., Any]:
     """How to run it: a traced one has no hooks, which a module's call looks for."""
     return network.forward if isinstance(network, torch.jit.ScriptModule) else network
 
@@ -851,8 +828,3 @@ def _zeros(specs: Sequence[TensorSpec], rows: int, device: torch.device) -> list
     return [
         torch.zeros((rows, *spec.shape), dtype=_torch_dtype(spec), device=device) for spec in specs
     ]
-
-
-def _random(spec: TensorSpec, samples: int) -> torch.Tensor:
-    zeros = torch.zeros((samples, *spec.shape), dtype=_torch_dtype(spec))
-    return torch.rand_like(zeros) if zeros.is_floating_point() else zeros

@@ -175,6 +175,13 @@ class Settings:
         "how the model computes: `fp32`, `tf32` or `bf16`; start says what it changes",
         pattern=r"fp32|tf32|bf16",
     )
+    max_fused: int = _setting(
+        24,
+        "sizes of batch that get fused kernels on a CPU where these are faster, each at the cost "
+        "of a copy of the weights; 0: none",
+        at_least=0,
+        at_most=1024,
+    )
     cpus: str = _setting(
         "",
         "CPUs of the model's threads, such as `0-3,6`; empty: any",

@@ -199,7 +199,7 @@ def write_trace(path: Path, file: Path) -> None:
     example = torch.rand(MAX_BATCH, *bundle.read_manifest(path).inputs[0].shape)
     with torch.no_grad():
         trace = torch.jit.trace(model, (example,))  # type: ignore[no-untyped-call]
-        torch.jit.freeze(trace).save(str(file))
+        trace.save(str(file))
 
 
 def load(bench: Bench, peer: Peer, name: str) -> None:

@@ -24,7 +24,7 @@ IMAGE = (1, 28, 28)
 def main() -> None:
     """Serve until SIGTERM."""
     torch.set_num_threads(1)
-    model = torch.jit.load(MODEL)
+    model = torch.jit.freeze(torch.jit.load(MODEL))
     with torch.inference_mode():
         for size in range(1, MAX_BATCH + 1):
             model(torch.zeros(size, *IMAGE))

@@ -1,6 +1,5 @@
+import gc
 import json
-import math
-import re
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from gpu_service import bundle, datatypes, engine
+from gpu_service import bundle, datatypes, fusion
 from gpu_service.bundle import TensorSpec
 from gpu_service.device import StartupError, Stream, Tensors
 from gpu_service.engine import (
@@ -21,14 +20,13 @@ from gpu_service.engine import (
     TF32,
     TorchEngine,
     _Rounded,
-    _traced,
     between,
     buckets,
     choose_device,
     configure,
-    fused_from,
     good_batch,
     open_bundle,
+    padded,
     quick_batch,
     typical,
 )
@@ -213,43 +211,124 @@ def test_what_takes_a_team_of_threads_is_not_quick(threads: int, quick: int) -> 
     assert engine.quick_batch == quick
 
 
+class Forms(fusion.Fusion):
+    """Makes forms that answer with the size of batch that they are for, and keeps weak ones."""
+
+    def __init__(self, *, most: int = 100, fails_at: int | None = None) -> None:
+        self.made: dict[int, weakref.ref[Any]] = {}
+        self._most, self._fails_at = most, fails_at
+
+    @property
+    def most(self) -> int:
+        return self._most
+
+    def form(self, samples: int) -> Any:
+        if samples == self._fails_at:
+            return None
+        form = Module(lambda x: x + samples)
+        self.made[samples] = weakref.ref(form)
+        return form
+
+
+def fused_engine(
+    forms: Forms, *, max_fused: int = 100, inputs: tuple[TensorSpec, ...] = (X,)
+) -> TorchEngine:
+    return TorchEngine(
+        Module(lambda x: x + 0),
+        info=info(*inputs),
+        device=torch.device("cpu"),
+        max_batch=8,
+        fusion=forms,
+        max_fused=max_fused,
+    )
+
+
 @pytest.mark.parametrize(
-    ("fused", "size"),
+    ("fused", "sizes"),
     [
-        ({1: 2.0, 2: 1.0, 4: 2.0}, 2),
-        ({1: 0.5, 2: 1.0, 4: 2.0}, 1),
-        ({1: 0.5, 2: 2.0, 4: 2.0}, 4),  # from there on, not up to there
-        ({1: 0.5, 2: 1.0, 4: 3.9}, math.inf),  # not worth weights of its own
+        ({1: 0.5, 2: 1.9, 4: 4.0, 8: 7.0}, {1: 1, 2: 2, 8: 8}),  # 7 takes as long as 8 fused
+        ({8: 5.0}, {6: 8, 7: 8, 8: 8}),
+        ({1: 0.96, 8: 7.7}, {}),  # not worth weights of its own
+        ({}, {}),
     ],
 )
-def test_the_fused_form_is_for_the_sizes_from_which_it_is_faster(
-    fused: dict[int, float], size: float
+def test_a_batch_is_padded_to_a_fused_size_where_that_takes_less(
+    fused: dict[int, float], sizes: dict[int, int]
 ) -> None:
-    assert fused_from({1: 1.0, 2: 2.0, 4: 4.0}, fused) == size
+    assert padded({1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0}, fused) == sizes
 
 
 def test_each_size_of_batch_runs_in_the_form_that_is_faster_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    plain, fused = Module(lambda x: x + 1), Module(lambda x: x + 2)
-    engine = TorchEngine(plain, info=info(X), device=torch.device("cpu"), max_batch=4, fused=fused)
-    monkeypatch.setattr("gpu_service.engine.fused_from", lambda plain, fused: 2)
+    forms = Forms()
+    engine = fused_engine(forms)
+    monkeypatch.setattr("gpu_service.engine.padded", lambda plain, fused: {2: 2, 3: 4, 4: 4})
     engine.warm_up()
-    assert engine.fused_from == 2
-    for samples, value in ((1, 1), (2, 2), (3, 2), (4, 2)):
+    assert engine.fused == engine.sizes == [2, 4]
+    for samples, value in ((1, 0), (2, 2), (3, 4), (4, 4), (5, 0), (8, 0)):
         outputs = engine.run([{"x": numpy.zeros((samples, 2), "<f4")}]).outputs["y"]
+        assert outputs.shape == (samples, 2)
         assert (outputs == value).all()
 
 
-def test_a_fused_form_that_is_never_faster_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, fused = Module(lambda x: x + 1), Module(lambda x: x + 2)
-    engine = TorchEngine(plain, info=info(X), device=torch.device("cpu"), max_batch=4, fused=fused)
-    freed = weakref.ref(fused)
-    monkeypatch.setattr("gpu_service.engine.fused_from", lambda plain, fused: math.inf)
+def test_fused_forms_that_are_not_faster_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = Forms()
+    engine = fused_engine(forms)
+    monkeypatch.setattr("gpu_service.engine.padded", lambda plain, fused: {4: 4})
     engine.warm_up()
-    del fused
-    assert engine.fused_from is None
-    assert freed() is None
+    assert sorted(forms.made) == [1, 2, 3, 4, 5, 6, 7, 8]
+    gc.collect()
+    assert [size for size, form in forms.made.items() if form() is not None] == [4]
+    engine.close()
+    gc.collect()
+    assert forms.made[4]() is None
+
+
+@pytest.mark.parametrize(
+    ("most", "max_fused", "fails_at", "made"),
+    [
+        (100, 100, None, [1, 2, 3, 4, 5, 6, 7, 8]),
+        (3, 100, None, [1, 4, 8]),  # memory for so many
+        (100, 2, None, [1, 8]),
+        (100, 0, None, []),
+        (100, 100, 4, [1, 8]),  # what can't be fused for one size can't be for the others
+    ],
+)
+def test_fused_forms_are_made_for_as_many_sizes_as_are_allowed(
+    most: int, max_fused: int, fails_at: int | None, made: list[int]
+) -> None:
+    forms = Forms(most=most, fails_at=fails_at)
+    fused_engine(forms, max_fused=max_fused).warm_up()
+    assert sorted(forms.made) == made
+
+
+def test_fused_forms_are_made_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_service.engine._FUSING_S", 0)
+    forms = Forms()
+    fused_engine(forms).warm_up()
+    assert list(forms.made) == [1]
+
+
+def test_what_a_batch_failed_at_is_not_in_the_padding_of_the_next_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A row that the model raises at fails its own batch, not the next one in its buffer."""
+
+    def refuse(x: torch.Tensor) -> torch.Tensor:
+        if (x < 0).any():
+            raise IndexError("below zero")
+        return x
+
+    forms = Forms()
+    monkeypatch.setattr(forms, "form", lambda samples: Module(refuse))
+    engine = fused_engine(forms)
+    monkeypatch.setattr("gpu_service.engine.padded", lambda plain, fused: {3: 4, 4: 4})
+    engine.warm_up()
+    with pytest.raises(IndexError):
+        engine.run([{"x": numpy.full((4, 2), -1, "<f4")}])
+    outputs = engine.run([{"x": numpy.ones((3, 2), "<f4")}]).outputs["y"]
+    assert outputs.tolist() == [[1, 1]] * 3
 
 
 def test_a_device_is_checked_with_a_sample_of_its_own() -> None:
@@ -344,45 +423,6 @@ def test_tf32_is_used_only_where_it_was_chosen() -> None:
 
 def info(*inputs: TensorSpec) -> ModelInfo:
     return ModelInfo(name="m", version="1", inputs=inputs, outputs=(Y,))
-
-
-class Plain(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(x.shape[0], -1) * 2
-
-
-class ByValue(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x if x.sum() > 0 else -x
-
-
-class BySize(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + torch.full_like(x, len(x.tolist()))
-
-
-def test_a_traced_network_answers_as_its_module() -> None:
-    traced, fused = _traced(Plain().eval(), info(X), max_batch=4)
-    assert traced is not None
-    assert fused is not None
-    x = torch.rand(3, 2)
-    assert torch.equal(traced(x), 2 * x)
-    assert torch.equal(fused(x), 2 * x)
-
-
-def test_a_fused_convolution_answers_as_its_module() -> None:
-    spec = TensorSpec(name="x", datatype="FP32", shape=(1, 8, 8))
-    module = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.ReLU(), torch.nn.Flatten())
-    _, fused = _traced(module.eval(), info(spec), max_batch=4)
-    assert fused is not None
-    x = torch.rand(3, 1, 8, 8)
-    with torch.inference_mode():
-        torch.testing.assert_close(fused(x), module(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("module", [ByValue(), BySize()])
-def test_what_depends_on_values_or_sizes_is_not_traced(module: torch.nn.Module) -> None:
-    assert _traced(module.eval(), info(X), max_batch=4) == (None, None)
 
 
 # ------------------------------------------------------------------------------ datatypes
@@ -789,6 +829,46 @@ def test_a_stateful_bundle_answers_as_its_network(
     assert told["state_bytes"] == 3 * 4 * 4
 
 
+class Elman(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = torch.nn.Linear(2 + 4, 4)
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        new = torch.relu(self.step(torch.cat((x, h), 1)))
+        return self.head(new), new
+
+
+def test_sequences_keep_their_state_in_batches_that_are_padded_to_a_fused_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = Elman().eval()
+    told = ModelInfo(name="m", version="1", inputs=(X,), outputs=(Y,), state=(HIDDEN,))
+    forms = fusion.traced(network, told, max_batch=4)
+    assert forms is not None
+    monkeypatch.setattr("gpu_service.engine.padded", lambda plain, fused: {1: 4, 2: 4, 3: 4, 4: 4})
+    engine = TorchEngine(
+        forms[0],
+        info=told,
+        device=torch.device("cpu"),
+        max_batch=4,
+        max_streams=2,
+        fusion=forms[1],
+        max_fused=24,
+    )
+    engine.warm_up()
+    assert engine.fused == [4]
+    streams, h = [Stream(0), Stream(1)], torch.zeros(2, 4)
+    for values in ([1.0, 2.0], [3.0], [-1.0, 0.5], [0.25, 4.0]):
+        requests = [rows(value) for value in values]
+        got = engine.launch(requests, streams[: len(values)])().outputs["y"]
+        with torch.inference_mode():
+            x = torch.from_numpy(numpy.concatenate([r["x"] for r in requests]))
+            y, h[: len(values)] = network(x, h[: len(values)])
+        numpy.testing.assert_allclose(got, y.numpy(), rtol=1e-4, atol=1e-5)
+
+
 def test_bfloat16_changes_the_answers_a_little_and_says_how_much(
     recurrent: tuple[Path, torch.nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -810,28 +890,3 @@ def fields_of(caplog: pytest.LogCaptureFixture, event: str) -> dict[str, Any]:
     (record,) = [record for record in caplog.records if record.getMessage() == event]
     told: dict[str, Any] = json.loads(JsonFormatter().format(record))
     return told
-
-
-@pytest.mark.parametrize(
-    ("found", "expected", "problem"),
-    [
-        (torch.ones(2), torch.ones(2) + 1e-6, None),
-        (torch.ones(2), torch.ones(2) + 1e-3, "off by 0.001"),
-        (torch.ones(2), torch.tensor([1.0, torch.nan]), "not close"),
-        (torch.ones(2), torch.ones(2, dtype=torch.float64), "expected torch.float64"),
-        (torch.ones(2), torch.ones(1), "expected torch.float32 (1,)"),
-        (torch.tensor([1, 2]), torch.tensor([1, 3]), "not close"),
-        (torch.tensor([True]), torch.tensor([True]), None),
-    ],
-)
-def test_forms_of_a_network_are_compared_as_torch_testing_does(
-    found: torch.Tensor, expected: torch.Tensor, problem: str | None
-) -> None:
-    if problem is None:
-        engine._assert_close(found, expected)
-        torch.testing.assert_close(found, expected)
-        return
-    with pytest.raises(AssertionError, match=re.escape(problem)):
-        engine._assert_close(found, expected)
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(found, expected)

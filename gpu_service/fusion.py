@@ -1,0 +1,181 @@
+"""Forms of a network that give the same answers on a CPU, sooner.
+
+Owns tracing, which makes one call of a network, and fusing, which makes one kernel of layers that
+follow each other. Both live in this process only: made from the bundle's weights at each start,
+compared with the module, and never stored.
+"""
+
+import contextlib
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+
+from gpu_service import datatypes, logs
+from gpu_service.bundle import TensorSpec
+from gpu_service.signature import ModelInfo
+
+# What the fused forms of one network may hold together. Each has weights laid out for its kernels,
+# and the kernels' code: 2 MiB for the 8 layers of the example model.
+_BYTES = 128 << 20
+_CODE_BYTES = 2 << 20
+
+# The first run finds out the sizes, the second one fuses for them and the third one may be the
+# first that is only a run.
+_RUNS_UNTIL_FUSED = 3
+
+# Other kernels add up in another order. Relative and absolute.
+_FUSED_TOLERANCE = (1e-4, 1e-5)
+
+# As torch.testing has them; integers and booleans have to be equal.
+_TOLERANCES = {
+    torch.float16: (1e-3, 1e-5),
+    torch.bfloat16: (1.6e-2, 1e-5),
+    torch.float32: (1.3e-6, 1e-5),
+    torch.float64: (1e-7, 1e-7),
+}
+
+
+class Fusion:
+    """Makes fused forms of `network`, which takes and returns what `info` says, from its `trace`.
+
+    By oneDNN Graph: https://uxlfoundation.github.io/oneDNN/graph_extension.html. Its kernels are
+    for the sizes of tensors that they were compiled with, so there is a form for each size of
+    batch.
+    """
+
+    def __init__(self, network: torch.nn.Module, trace: Any, info: ModelInfo) -> None:
+        self._network = network
+        self._trace = trace
+        self._specs = (*info.inputs, *info.state)
+        weights = itertools.chain(network.parameters(), network.buffers())
+        self._bytes = _CODE_BYTES + sum(tensor.nbytes for tensor in weights)
+
+    @property
+    def most(self) -> int:
+        """How many forms may be kept. One at least, which may double the weights."""
+        return max(1, _BYTES // self._bytes)
+
+    @torch.inference_mode()
+    def form(self, samples: int) -> torch.jit.ScriptModule | None:
+        """The network for batches of so many samples; None where that gains nothing.
+
+        That is: nothing in it can be fused, or the answers are not the same.
+        """
+        inputs = _random(self._specs, samples)
+        try:
+            with _onednn_graph():
+                form: torch.jit.ScriptModule = torch.jit.freeze(self._trace)
+                for _ in range(_RUNS_UNTIL_FUSED):
+                    results = form(*inputs)
+                fused = "oneDNNFusionGroup" in str(torch._C._last_executed_optimized_graph())
+            if not fused:
+                raise ValueError("nothing in it can be fused")
+            assert_close(results, self._network(*inputs), _FUSED_TOLERANCE)
+        except Exception as error:
+            logs.info("not_fused", samples=samples, reason=_reason(error))
+            return None
+        return form
+
+
+def traced(
+    network: torch.nn.Module, info: ModelInfo, *, max_batch: int
+) -> tuple[torch.jit.ScriptModule, Fusion] | None:
+    """The same network as one call, and what makes fused forms of it; None where that is not the
+    same. For models without dynamic dimensions.
+
+    A module gives the GIL away and wants it back around each operation, and the event loop has it
+    then: on a CPU its clients see a quarter less of what the device can do. Whatever depends on
+    values, or on the size of a batch, can't be traced.
+    """
+    sizes = sorted({max_batch, min(2, max_batch), 1}, reverse=True)
+    examples = [_random((*info.inputs, *info.state), size) for size in sizes]
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore", DeprecationWarning)  # nothing else is as quick to load
+            warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            trace = torch.jit.trace(  # type: ignore[no-untyped-call]
+                network, tuple(examples[0]), check_trace=False
+            )
+            frozen: torch.jit.ScriptModule = torch.jit.freeze(trace)
+            for each in examples:
+                assert_close(frozen(*each), network(*each))
+    except Exception as error:
+        logs.info("not_traced", reason=_reason(error))
+        return None
+    return frozen, Fusion(network, trace, info)
+
+
+def fused_sizes(max_batch: int) -> list[int]:
+    """Sizes of batch to have fused forms of, the most useful ones first.
+
+    All up to 8, then four to each doubling, so that a batch is padded by a quarter at most. One
+    sample and the largest batch come first, for idle and for busy workers; then powers of two.
+    """
+    steps = [*range(1, 8)]
+    octave = 8
+    while octave <= max_batch:
+        steps += range(octave, 2 * octave, octave // 4)
+        octave *= 2
+    sizes = {*(size for size in steps if size < max_batch), max_batch}
+    first = [1, max_batch] if max_batch > 1 else [1]
+
+    def usefulness(size: int) -> tuple[bool, int]:
+        return size & (size - 1) != 0, -size
+
+    return [*first, *sorted(sizes - set(first), key=usefulness)]
+
+
+@contextlib.contextmanager
+def _onednn_graph() -> Iterator[None]:
+    """What is run for the second time in here is fused.
+
+    A switch of the whole process. Models are loaded one after the other, and what serves
+    meanwhile was run twice before.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.enable_onednn_fusion(True)
+        try:
+            yield
+        finally:
+            torch.jit.enable_onednn_fusion(False)
+
+
+def assert_close(found: Any, expected: Any, tolerance: tuple[float, float] | None = None) -> None:
+    """As torch.testing.assert_close, which takes a second of every start: it imports sympy, and
+    500 modules more. Raises AssertionError.
+    """
+    for number, (one, other) in enumerate(zip(as_tuple(found), as_tuple(expected), strict=True)):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            raise AssertionError(
+                f"output {number} is {one.dtype} {tuple(one.shape)}, "
+                f"expected {other.dtype} {tuple(other.shape)}"
+            )
+        rtol, atol = tolerance or _TOLERANCES.get(other.dtype, (0.0, 0.0))
+        if not other.is_floating_point():
+            rtol = atol = 0.0
+        if not torch.isclose(one, other, rtol=rtol, atol=atol).all():
+            distance = float((one.double() - other.double()).abs().max())
+            raise AssertionError(f"output {number} is not close: off by {distance:g} at most")
+
+
+def as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
+    """What a network returned: one output, or several."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _random(specs: Sequence[TensorSpec], samples: int) -> list[torch.Tensor]:
+    """Numbers from 0 to 1 for what is floating point; zeros for what may be an index."""
+    zeros = [
+        torch.from_numpy(numpy.zeros((samples, *spec.shape), datatypes.NUMPY[spec.datatype]))
+        for spec in specs
+    ]
+    return [torch.rand_like(each) if each.is_floating_point() else each for each in zeros]
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]

@@ -1,0 +1,164 @@
+"""Traced and fused forms of networks: the same answers, or none."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from gpu_service import fusion
+from gpu_service.bundle import TensorSpec
+from gpu_service.signature import ModelInfo
+
+X = TensorSpec(name="x", datatype="FP32", shape=(2,))
+IMAGE = TensorSpec(name="x", datatype="FP32", shape=(1, 8, 8))
+IDS = TensorSpec(name="ids", datatype="INT64", shape=(5,))
+Y = TensorSpec(name="y", datatype="FP32", shape=(2,))
+
+
+def info(*inputs: TensorSpec) -> ModelInfo:
+    return ModelInfo(name="m", version="1", inputs=inputs, outputs=(Y,))
+
+
+class Plain(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(x.shape[0], -1) * 2
+
+
+class ByValue(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class BySize(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.full_like(x, len(x.tolist()))
+
+
+class Residual(nn.Module):
+    """Several branches, normalisation, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.normal = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        low = torch.relu(self.first(x))
+        high = torch.relu(low + self.normal(self.second(low)))
+        return high, high.mean((2, 3))
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+
+
+def text() -> nn.Module:
+    layers = nn.Embedding(3, 16), nn.Flatten(), nn.Linear(80, 32), nn.GELU(), nn.Linear(32, 2)
+    return nn.Sequential(*layers)
+
+
+def both(
+    module: nn.Module, spec: TensorSpec, *, max_batch: int = 4
+) -> tuple[torch.jit.ScriptModule, fusion.Fusion]:
+    found = fusion.traced(module.eval(), info(spec), max_batch=max_batch)
+    assert found is not None
+    return found
+
+
+def test_a_traced_network_answers_as_its_module() -> None:
+    traced, _ = both(Plain(), X)
+    x = torch.rand(3, 2)
+    assert torch.equal(traced(x), 2 * x)
+
+
+@pytest.mark.parametrize("module", [ByValue(), BySize()])
+def test_what_depends_on_values_or_sizes_is_not_traced(module: nn.Module) -> None:
+    assert fusion.traced(module.eval(), info(X), max_batch=4) is None
+
+
+@pytest.mark.parametrize(("build", "spec"), [(convolution, IMAGE), (Residual, IMAGE), (text, IDS)])
+@pytest.mark.parametrize("samples", [1, 3, 4])
+def test_a_fused_form_answers_as_its_module(
+    build: Callable[[], nn.Module], spec: TensorSpec, samples: int
+) -> None:
+    module = build()
+    _, fused = both(module, spec)
+    form = fused.form(samples)
+    assert form is not None
+    x = torch.rand(samples, *spec.shape)
+    inputs = x if spec.datatype == "FP32" else (x * 3).long()
+    with torch.inference_mode():
+        torch.testing.assert_close(form(inputs), module(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_can_be_fused_there_is_no_form(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "gpu_service")
+    _, fused = both(Plain(), X)
+    assert fused.form(4) is None
+    assert "not_fused" in caplog.messages
+
+
+def test_a_form_that_answers_differently_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = convolution()
+    _, fused = both(module, IMAGE)
+    monkeypatch.setattr(module, "forward", lambda x: torch.zeros(len(x), 36))
+    assert fused.form(4) is None
+
+
+def test_nothing_else_in_the_process_is_fused() -> None:
+    _, fused = both(convolution(), IMAGE)
+    fused.form(4)
+    assert not torch.jit.onednn_fusion_enabled()  # type: ignore[no-untyped-call]
+
+
+def test_what_fused_forms_hold_together_is_bounded() -> None:
+    _, of_little = both(convolution(), IMAGE)
+    assert of_little.most > 24
+    weights = nn.Linear(64, 10 << 14)  # 41 MiB
+    _, of_much = both(nn.Sequential(nn.Flatten(), weights), IMAGE)
+    assert of_much.most == 3
+
+
+@given(st.integers(1, 5000))
+def test_batches_are_padded_by_a_quarter_at_most(max_batch: int) -> None:
+    sizes = fusion.fused_sizes(max_batch)
+    assert sizes[:2] == [1, max_batch][:max_batch]
+    assert len(set(sizes)) == len(sizes)
+    for samples in range(1, max_batch + 1):
+        assert min(size for size in sizes if size >= samples) <= samples * 1.25
+
+
+def test_the_most_useful_sizes_come_first() -> None:
+    assert fusion.fused_sizes(16) == [1, 16, 8, 4, 2, 14, 12, 10, 7, 6, 5, 3]
+    assert fusion.fused_sizes(12) == [1, 12, 8, 4, 2, 10, 7, 6, 5, 3]
+    assert fusion.fused_sizes(1) == [1]
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "problem"),
+    [
+        (torch.ones(2), torch.ones(2) + 1e-6, None),
+        (torch.ones(2), torch.ones(2) + 1e-3, "off by 0.001"),
+        (torch.ones(2), torch.tensor([1.0, torch.nan]), "not close"),
+        (torch.ones(2), torch.ones(2, dtype=torch.float64), "expected torch.float64"),
+        (torch.ones(2), torch.ones(1), "expected torch.float32 (1,)"),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), "not close"),
+        (torch.tensor([True]), torch.tensor([True]), None),
+    ],
+)
+def test_forms_of_a_network_are_compared_as_torch_testing_does(
+    found: torch.Tensor, expected: torch.Tensor, problem: str | None
+) -> None:
+    if problem is None:
+        fusion.assert_close(found, expected)
+        torch.testing.assert_close(found, expected)
+        return
+    with pytest.raises(AssertionError, match=re.escape(problem)):
+        fusion.assert_close(found, expected)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(found, expected)
