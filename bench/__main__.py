@@ -11,7 +11,7 @@ import sys
 from bench import report
 from bench.harness import CHECKOUT
 
-PROGRAMS = ("serving", "connections", "memory")
+PROGRAMS = ("serving", "forms", "connections", "memory")
 
 
 def main() -> int:

@@ -72,14 +72,23 @@ _PROGRAMS = (
         "first cache holds, so what counts is how many of them there are, not what is copied.",
     ),
     (
+        "forms",
+        "What fused kernels gain on a CPU",
+        "Networks of some kinds with random weights, and the example model, on one thread: the "
+        "time of a batch as the module runs it and in a form with fused kernels, by that of one "
+        "traced call. Below 1 is faster. Workers measure the same at their start, and use for each size "
+        "of batch what is the fastest there.",
+    ),
+    (
         "peers",
         "Beside other servers",
-        "The same traced forward on one torch thread, the service's and one of mosec's with "
-        "fused kernels, which the service takes where its warm-up finds them faster; batches of "
-        "up to 64, over 64 HTTP connections that stay open, the same 3,136 bytes of input. Each "
-        "peer runs with the best of some settings, chosen at the start of the run: mosec with "
-        "batches of up to 32 or 64 and a wait of 1 or 10 ms, with the tensors' bytes as bodies; "
-        "pytriton with a delay of 0, 1 or 5 ms and 2 or 8 HTTP threads, with Triton's binary "
+        "The same traced forward on one torch thread, the service's and one of mosec's with the "
+        "kernels fused for each size of batch, which the service does where its warm-up finds "
+        "them faster; batches of up to 64, over 64 HTTP connections that stay open, the same "
+        "3,136 bytes of input. Each peer runs with the best of some settings, chosen at the start "
+        "of the run: mosec with batches of up to 32 or 64 and a wait of 1 or 10 ms, with the "
+        "tensors' bytes as bodies; pytriton with a delay of 0, 1 or 5 ms and 2 or 8 HTTP threads, "
+        "with Triton's binary "
         "extension.",
     ),
     (

@@ -96,7 +96,10 @@ def traced(
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore", DeprecationWarning)  # nothing else is as quick to load
-            warnings.simplefilter("error", torch.jit.TracerWarning)  # type: ignore[attr-defined]
+            tracer_warning = torch.jit.TracerWarning  # type: ignore[attr-defined]
+            warnings.simplefilter("error", tracer_warning)
+            # Compares sizes that are the same for any batch.
+            warnings.filterwarnings("ignore", "", tracer_warning, r"torch\.nn\.modules\.rnn$")
             trace = torch.jit.trace(  # type: ignore[no-untyped-call]
                 network, tuple(examples[0]), check_trace=False
             )

@@ -2,7 +2,7 @@
 
 Each peer serves the same traced forward on one torch thread, in batches of up to 64, over 64 HTTP
 connections that stay open, with the same 3,136 bytes of input. The service takes fused kernels
-where it finds them faster, so mosec is also measured with a forward that was fused for it. First
+where it finds them faster, so mosec is also measured with forwards that were fused for it. First
 every peer is measured with some settings that decide its throughput, and its best one is kept; then
 peers and service are measured in turns. The environments are made on the first run, under
 `.bench/`.

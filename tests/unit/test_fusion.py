@@ -96,6 +96,24 @@ def test_a_fused_form_answers_as_its_module(
         torch.testing.assert_close(form(inputs), module(inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
+def test_recurrent_networks_are_traced(kind: type[nn.RNNBase]) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(1, 4, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            last: torch.Tensor = self.layers(x)[0][:, -1]
+            return last
+
+    module = Last()
+    traced, _ = both(module, TensorSpec(name="x", datatype="FP32", shape=(5, 1)))
+    x = torch.rand(3, 5, 1)
+    with torch.inference_mode():
+        torch.testing.assert_close(traced(x), module(x))
+
+
 def test_where_nothing_can_be_fused_there_is_no_form(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "gpu_service")
     _, fused = both(Plain(), X)
