@@ -76,8 +76,8 @@ _PROGRAMS = (
         "What fused kernels gain on a CPU",
         "Networks of some kinds with random weights, and the example model, on one thread: the "
         "time of a batch as the module runs it and in a form with fused kernels, by that of one "
-        "traced call. Below 1 is faster. Workers measure the same at their start, and use for each size "
-        "of batch what is the fastest there.",
+        "traced call. Below 1 is faster. Workers measure the same at their start, and use for each "
+        "size of batch what is the fastest there.",
     ),
     (
         "peers",

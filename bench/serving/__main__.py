@@ -229,8 +229,8 @@ def rows(bench: Bench, name: str = "") -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
-    parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=0.8, help="of each measurement")
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another version")
     options = parser.parse_args()
     versions = {"": harness.release()}
