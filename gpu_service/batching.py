@@ -221,7 +221,7 @@ class Queue(Generic[T]):
         self._clock = clock
         self._good_batch = max_batch
         self._best_batch = max_batch
-        self._sizes: Sequence[int] = ()
+        self._halves: list[int] = []  # what a half is rounded down to, by its samples
         self._out = 0  # samples that were taken and have not come back
         self._crowd = 0  # samples that could run or were out when a batch last came back
         self._groups: dict[Hashable, _Group[T]] = {}
@@ -240,12 +240,12 @@ class Queue(Generic[T]):
         slow on this device, and at most `best`, because larger ones gain nothing.
 
         The other half is the next batch, which the device finds ready while this one's answers
-        are on their way. Where batches are padded to one of `sizes`, the half is rounded down to
-        one. A single request may still have `max_batch`.
+        are on their way. Where only batches of `sizes` run without padding, the half is rounded
+        down to one. A single request may still have `max_batch`.
         """
         self._good_batch = min(good, self._max_batch)
         self._best_batch = min(best, self._max_batch)
-        self._sizes = sizes
+        self._halves = _halves(self._good_batch, self._best_batch, sizes)
 
     def offer(
         self,
@@ -386,7 +386,7 @@ class Queue(Generic[T]):
         half = crowd // (2 * max(1, len(self._groups)))
         if not good < half < best:
             return good if half <= good else best
-        return max([size for size in self._sizes if good <= size <= half], default=half)
+        return self._halves[half]
 
     def _under_way(self) -> int:
         return self._out + sum([group.samples for group in self._groups.values()])
@@ -450,6 +450,20 @@ class Queue(Generic[T]):
         ticket, _ = followers.popitem(last=False)
         ticket.eligible_at = self._clock()
         self._make_eligible(ticket)
+
+
+def _halves(good: int, best: int, sizes: Sequence[int]) -> list[int]:
+    """For halves of 0 to `best` - 1 samples the largest one of `sizes` that is in them, of at
+    least `good`; the half itself where there is none.
+    """
+    unpadded = frozenset(sizes)
+    found: list[int] = []
+    largest = 0
+    for half in range(best):
+        if half >= good and half in unpadded:
+            largest = half
+        found.append(largest or half)
+    return found
 
 
 def _first(groups: list[_Group[T]], now: float) -> Ticket[T] | None:

@@ -77,7 +77,7 @@ class Engine(Protocol):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The sizes that batches are padded to, ascending; fixed. None if they are not."""
+        """The sizes of batch that run without padding, ascending; fixed. None if all do."""
         return ()
 
     @property

@@ -222,8 +222,11 @@ class TorchEngine:
 
     @property
     def sizes(self) -> Sequence[int]:
-        """The buckets of a GPU; on a CPU, what there are fused forms of."""
-        return buckets(self._max_batch) if self._has_buckets else self.fused
+        """The buckets of a GPU; on a CPU, all but those that are padded to a fused form's."""
+        if self._has_buckets:
+            return buckets(self._max_batch)
+        every = range(1, self._max_batch + 1) if self._padded else ()
+        return [size for size in every if self._padded.get(size, size) == size]
 
     @property
     def quick_batch(self) -> int:
@@ -330,7 +333,7 @@ class TorchEngine:
         first = {size: self.run([self._example(size)]).infer_s for size in reversed(sizes)}
         if self._has_buckets:
             self._capture()
-        self._fuse()
+        self._fuse(first)
         plain, fused = self._timed(sizes)
         self._padded = padded(plain, fused)
         for size in fused.keys() - set(self._padded.values()):
@@ -353,13 +356,16 @@ class TorchEngine:
         self._good_batch = good_batch(seconds)
         self._best_batch = min(seconds, key=lambda size: seconds[size] / size)
 
-    def _fuse(self) -> None:
-        """Make fused forms, of the most useful sizes if there is no time for all."""
+    def _fuse(self, first: Mapping[int, float]) -> None:
+        """Make fused forms, of the most useful sizes if there is no time for all.
+
+        `first` has the seconds of a first run by size.
+        """
         if self._fusion is None:
             return
         most = min(self._fusion.most, self._max_fused)
         started = time.perf_counter()
-        for size in fusion.fused_sizes(self._max_batch)[:most]:
+        for size in affordable(fusion.fused_sizes(self._max_batch), first, _FUSING_S)[:most]:
             form = self._fusion.form(size)
             if form is None or time.perf_counter() - started > _FUSING_S:
                 break
@@ -733,12 +739,20 @@ def padded(plain: Mapping[int, float], fused: Mapping[int, float]) -> dict[int, 
     """
     found: dict[int, int] = {}
     for smaller, size in itertools.pairwise([0, *sorted(fused)]):
-        candidates = range(smaller + 1, size + 1)
-        as_it_is = numpy.interp(candidates, sorted(plain), [plain[each] for each in sorted(plain)])
-        for samples, duration_s in zip(candidates, as_it_is, strict=True):
-            if fused[size] <= duration_s * _WORTH_FUSING:
+        for samples in range(smaller + 1, size + 1):
+            if fused[size] <= _interpolated(plain, samples) * _WORTH_FUSING:
                 found[samples] = size
     return found
+
+
+def affordable(sizes: Sequence[int], first: Mapping[int, float], limit_s: float) -> list[int]:
+    """Those of `sizes` of which a fused form is made in `limit_s`, by what first runs took."""
+    return [size for size in sizes if fusion.RUNS * _interpolated(first, size) <= limit_s]
+
+
+def _interpolated(seconds: Mapping[int, float], size: int) -> float:
+    sizes = sorted(seconds)
+    return float(numpy.interp(size, sizes, [seconds[each] for each in sizes]))
 
 
 def good_batch(seconds: Mapping[int, float]) -> int:

@@ -27,6 +27,9 @@ _CODE_BYTES = 2 << 20
 # first that is only a run.
 _RUNS_UNTIL_FUSED = 3
 
+# What it takes to make a form, in runs of its size: those, and one of the module.
+RUNS = _RUNS_UNTIL_FUSED + 1
+
 # Other kernels add up in another order. Relative and absolute.
 _FUSED_TOLERANCE = (1e-4, 1e-5)
 

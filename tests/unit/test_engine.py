@@ -20,6 +20,7 @@ from gpu_service.engine import (
     TF32,
     TorchEngine,
     _Rounded,
+    affordable,
     between,
     buckets,
     choose_device,
@@ -265,7 +266,8 @@ def test_each_size_of_batch_runs_in_the_form_that_is_faster_there(
     engine = fused_engine(forms)
     monkeypatch.setattr("gpu_service.engine.padded", lambda plain, fused: {2: 2, 3: 4, 4: 4})
     engine.warm_up()
-    assert engine.fused == engine.sizes == [2, 4]
+    assert engine.fused == [2, 4]
+    assert engine.sizes == [1, 2, 4, 5, 6, 7, 8]
     for samples, value in ((1, 0), (2, 2), (3, 4), (4, 4), (5, 0), (8, 0)):
         outputs = engine.run([{"x": numpy.zeros((samples, 2), "<f4")}]).outputs["y"]
         assert outputs.shape == (samples, 2)
@@ -304,10 +306,18 @@ def test_fused_forms_are_made_for_as_many_sizes_as_are_allowed(
 
 
 def test_fused_forms_are_made_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_service.engine.affordable", lambda sizes, first, limit_s: sizes)
     monkeypatch.setattr("gpu_service.engine._FUSING_S", 0)
     forms = Forms()
-    fused_engine(forms).warm_up()
+    engine = fused_engine(forms)
+    engine.warm_up()
     assert list(forms.made) == [1]
+    assert engine.sizes == engine.fused == []
+
+
+@pytest.mark.parametrize(("limit_s", "sizes"), [(16.0, [1, 4, 2, 3]), (13.0, [1, 2, 3]), (3.9, [])])
+def test_no_form_is_made_of_a_size_that_takes_too_long(limit_s: float, sizes: list[int]) -> None:
+    assert affordable([1, 4, 2, 3], {1: 1.0, 2: 2.0, 4: 4.0}, limit_s) == sizes
 
 
 def test_what_a_batch_failed_at_is_not_in_the_padding_of_the_next_one(
