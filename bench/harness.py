@@ -85,10 +85,13 @@ class Server:
         sys.exit(f"{self._log.read()[-4000:]}\nit did not start: {self.process.args!r}")
 
     @property
-    def cpu_s(self) -> float:
-        """CPU time of all its threads so far, without other processes of it."""
+    def cpu_s(self) -> tuple[float, float]:
+        """CPU time of all its threads so far, without other processes of it: all, and the
+        kernel's part.
+        """
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        user, kernel = (int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in fields[11:13])
+        return user + kernel, kernel
 
     @property
     def rss_bytes(self) -> int:

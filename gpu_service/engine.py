@@ -504,7 +504,9 @@ class TorchEngine:
                 torch.index_select(state, 0, rows, out=buffer[:size])
         elif rows is not None:
             states = [state.index_select(0, rows) for state in self._state]
-        run = self._fused.get(size, self._run_network)
+        run = self._fused.get(size)
+        if run is None or not fusion.are_finite((*batch, *states)):
+            run = self._run_network
         results = graph.replay() if graph else as_tuple(run(*batch, *states))
         expected = len(self._output_names) + len(self._state)
         if len(results) != expected:

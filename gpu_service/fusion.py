@@ -8,7 +8,7 @@ compared with the module, and never stored.
 import contextlib
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -33,6 +33,9 @@ RUNS = _RUNS_UNTIL_FUSED + 1
 # Other kernels add up in another order. Relative and absolute.
 _FUSED_TOLERANCE = (1e-4, 1e-5)
 
+# Inputs beyond are left to the network as it is. The largest number of float32 is 3e38.
+_LARGEST = 1e18
+
 # As torch.testing has them; integers and booleans have to be equal.
 _TOLERANCES = {
     torch.float16: (1e-3, 1e-5),
@@ -47,7 +50,7 @@ class Fusion:
 
     By oneDNN Graph: https://uxlfoundation.github.io/oneDNN/graph_extension.html. Its kernels are
     for the sizes of tensors that they were compiled with, so there is a form for each size of
-    batch.
+    batch. They are for numbers that are finite, see `are_finite`.
     """
 
     def __init__(self, network: torch.nn.Module, trace: Any, info: ModelInfo) -> None:
@@ -68,20 +71,37 @@ class Fusion:
 
         That is: nothing in it can be fused, or the answers are not the same.
         """
-        inputs = _random(self._specs, samples)
+        examples = [_random(self._specs, samples)]
+        if samples == 1:  # What is 0 / 0 to the network has to be NaN here, too.
+            examples += [_filled(examples[0], value) for value in (0, 1)]
         try:
             with _onednn_graph():
                 form: torch.jit.ScriptModule = torch.jit.freeze(self._trace)
                 for _ in range(_RUNS_UNTIL_FUSED):
-                    results = form(*inputs)
+                    form(*examples[0])
                 fused = "oneDNNFusionGroup" in str(torch._C._last_executed_optimized_graph())
             if not fused:
                 raise ValueError("nothing in it can be fused")
-            assert_close(results, self._network(*inputs), _FUSED_TOLERANCE)
+            for inputs in examples:
+                assert_close(form(*inputs), self._network(*inputs), _FUSED_TOLERANCE)
         except Exception as error:
             logs.info("not_fused", samples=samples, reason=_reason(error))
             return None
         return form
+
+
+def are_finite(inputs: Iterable[torch.Tensor]) -> bool:
+    """Whether a fused form may have these, contiguous and on the CPU.
+
+    oneDNN's kernels take NaN for 0 in what follows a layer (ReLU, pooling), so what such an input
+    did would not be seen in the answer; nor what one did that is so large that a sum overflows.
+    """
+    for each in inputs:
+        if each.is_floating_point():
+            numbers = each.numpy()
+            if not (float(numbers.min()) > -_LARGEST and float(numbers.max()) < _LARGEST):
+                return False
+    return True
 
 
 def traced(
@@ -152,8 +172,8 @@ def _onednn_graph() -> Iterator[None]:
 
 
 def assert_close(found: Any, expected: Any, tolerance: tuple[float, float] | None = None) -> None:
-    """As torch.testing.assert_close, which takes a second of every start: it imports sympy, and
-    500 modules more. Raises AssertionError.
+    """As torch.testing.assert_close(…, equal_nan=True), which takes a second of every start: it
+    imports sympy, and 500 modules more. Raises AssertionError.
     """
     for number, (one, other) in enumerate(zip(as_tuple(found), as_tuple(expected), strict=True)):
         if one.shape != other.shape or one.dtype != other.dtype:
@@ -164,7 +184,7 @@ def assert_close(found: Any, expected: Any, tolerance: tuple[float, float] | Non
         rtol, atol = tolerance or _TOLERANCES.get(other.dtype, (0.0, 0.0))
         if not other.is_floating_point():
             rtol = atol = 0.0
-        if not torch.isclose(one, other, rtol=rtol, atol=atol).all():
+        if not torch.isclose(one, other, rtol=rtol, atol=atol, equal_nan=True).all():
             distance = float((one.double() - other.double()).abs().max())
             raise AssertionError(f"output {number} is not close: off by {distance:g} at most")
 
@@ -181,6 +201,11 @@ def _random(specs: Sequence[TensorSpec], samples: int) -> list[torch.Tensor]:
         for spec in specs
     ]
     return [torch.rand_like(each) if each.is_floating_point() else each for each in zeros]
+
+
+def _filled(examples: Sequence[torch.Tensor], value: int) -> list[torch.Tensor]:
+    """The same, with `value` for what is floating point."""
+    return [torch.full_like(each, value) if each.is_floating_point() else each for each in examples]
 
 
 def _reason(error: Exception) -> str:

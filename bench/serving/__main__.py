@@ -85,7 +85,8 @@ class Bench:
         )
         got: dict[str, Any] = json.loads(result.stdout)
         self.figures[f"{name} rate"].append(got["requests"] / got["seconds"])
-        self.figures[f"{name} cpu us"].append((at.cpu_s - before_s) / got["requests"] * 1e6)
+        for what, now_s, then_s in zip(("cpu", "kernel"), at.cpu_s, before_s, strict=True):
+            self.figures[f"{name} {what} us"].append((now_s - then_s) / got["requests"] * 1e6)
         self.figures[f"{name} client us"].append(got["cpu_s"] / got["requests"] * 1e6)
         self.figures[f"{name} p50 us"].append(got["p50_us"])
         self.figures[f"{name} p99 us"].append(got["p99_us"])
@@ -214,6 +215,11 @@ def rows(bench: Bench, name: str = "") -> list[Row]:
             at_most=15.0,
         ),
         Row(
+            name=f"identity, of that the kernel's{name}",
+            value=median(f"{identity} kernel us"),
+            unit="µs",
+        ),
+        Row(
             name=f"one idle client through nginx, added at p50{name}",
             value=bench.difference(f"idle through{name} p50 us", f"single{name} us"),
             unit="µs",
@@ -264,6 +270,16 @@ def main() -> int:
                 unit="µs",
             ),
             Row(name="echo server (picows)", value=bench.median("echo rate"), unit="1/s"),
+            Row(
+                name="echo server, CPU a request",
+                value=bench.median("echo cpu us"),
+                unit="µs",
+            ),
+            Row(
+                name="echo server, of that the kernel's",
+                value=bench.median("echo kernel us"),
+                unit="µs",
+            ),
             Row(
                 name="echo server, one idle client",
                 value=bench.median("echo idle p50 us"),

@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -318,6 +319,15 @@ def test_fused_forms_are_made_as_long_as_there_is_time(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("limit_s", "sizes"), [(16.0, [1, 4, 2, 3]), (13.0, [1, 2, 3]), (3.9, [])])
 def test_no_form_is_made_of_a_size_that_takes_too_long(limit_s: float, sizes: list[int]) -> None:
     assert affordable([1, 4, 2, 3], {1: 1.0, 2: 2.0, 4: 4.0}, limit_s) == sizes
+
+
+def test_what_is_not_finite_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpu_service.engine.padded", lambda plain, fused: {3: 4, 4: 4})
+    engine = fused_engine(Forms())
+    engine.warm_up()
+    assert engine.run([rows(1, 2, 3)]).outputs["y"].tolist() == [[5, 3], [6, 2], [7, 1]]
+    outputs = engine.run([rows(1, 2), rows(math.inf)]).outputs["y"]
+    assert outputs.tolist() == [[1, -1], [2, -2], [math.inf, -math.inf]]
 
 
 def test_what_a_batch_failed_at_is_not_in_the_padding_of_the_next_one(

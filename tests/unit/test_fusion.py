@@ -1,5 +1,6 @@
 """Traced and fused forms of networks: the same answers, or none."""
 
+import math
 import re
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from gpu_service import fusion
 from gpu_service.bundle import TensorSpec
+from gpu_service.logs import JsonFormatter
 from gpu_service.signature import ModelInfo
 
 X = TensorSpec(name="x", datatype="FP32", shape=(2,))
@@ -96,6 +98,39 @@ def test_a_fused_form_answers_as_its_module(
         torch.testing.assert_close(form(inputs), module(inputs), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20, -1e20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_what_is_not_finite_is_found(value: float, dtype: torch.dtype) -> None:
+    x, ids = torch.rand(2, 3, 4).to(dtype), torch.zeros(2, dtype=torch.int64)
+    assert fusion.are_finite([ids, x])
+    x[1, 0, 3] = value
+    assert not fusion.are_finite([ids, x])
+
+
+class ByDeviation(nn.Module):
+    """What a picture of one colour is NaN to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = convolution()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pictures = (x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True)
+        answers: torch.Tensor = self.layers(pictures)
+        return answers
+
+
+def test_a_form_to_which_something_is_a_number_that_is_none_is_not_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """oneDNN's ReLU and pooling make 0 of NaN."""
+    caplog.set_level("INFO", "gpu_service")
+    _, fused = both(ByDeviation(), IMAGE)
+    assert fused.form(1) is None
+    (record,) = [record for record in caplog.records if record.getMessage() == "not_fused"]
+    assert "output 0 is not close" in JsonFormatter().format(record)
+
+
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
 def test_recurrent_networks_are_traced(kind: type[nn.RNNBase]) -> None:
     class Last(nn.Module):
@@ -167,6 +202,7 @@ def test_the_most_useful_sizes_come_first() -> None:
         (torch.ones(2), torch.ones(1), "expected torch.float32 (1,)"),
         (torch.tensor([1, 2]), torch.tensor([1, 3]), "not close"),
         (torch.tensor([True]), torch.tensor([True]), None),
+        (torch.tensor([torch.nan]), torch.tensor([torch.nan]), None),
     ],
 )
 def test_forms_of_a_network_are_compared_as_torch_testing_does(
@@ -174,9 +210,9 @@ def test_forms_of_a_network_are_compared_as_torch_testing_does(
 ) -> None:
     if problem is None:
         fusion.assert_close(found, expected)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, equal_nan=True)
         return
     with pytest.raises(AssertionError, match=re.escape(problem)):
         fusion.assert_close(found, expected)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, expected, equal_nan=True)
