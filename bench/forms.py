@@ -159,7 +159,7 @@ def measure(kind: Kind, turns: int) -> list[Row]:
         runs: dict[str, Callable[[torch.Tensor], object]]
         runs = {"module": kind.network, "traced": traced.forward}
         if (form := fused.form(size)) is not None:
-            runs["fused"] = form.forward
+            runs["fused"] = form
         x = torch.rand(size, *kind.input.shape)
         x = x if kind.input.datatype == "FP32" else (x * 1000).long()
         found = [{name: seconds(run, x) for name, run in runs.items()} for _ in range(turns)]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from gpu_service import bundle, datatypes, fusion, golden, logs, models
 from gpu_service.bundle import TensorSpec
 from gpu_service.device import BatchOutput, StartupError, Stream, Tensors
-from gpu_service.fusion import Fusion, as_tuple, assert_close
+from gpu_service.fusion import Form, Fusion, as_tuple, assert_close
 from gpu_service.signature import DYNAMIC, ModelInfo, shape_fits
 
 K = TypeVar("K")
@@ -170,7 +170,7 @@ class TorchEngine:
         self._run_network = _called(self._network)
         self._fusion = fusion
         self._max_fused = max_fused
-        self._fused: dict[int, Callable[..., Any]] = {}
+        self._fused: dict[int, Form] = {}
         self._padded: Mapping[int, int] = {}  # to one of those sizes
         # Made once: each costs as much as an operation of torch. Nothing here runs twice at a time.
         self._inference = torch.inference_mode()
@@ -369,7 +369,7 @@ class TorchEngine:
             form = self._fusion.form(size)
             if form is None or time.perf_counter() - started > _FUSING_S:
                 break
-            self._fused[size] = form.forward
+            self._fused[size] = form
         self._fusion = None  # and with it the module
 
     def _may_be_quick(self) -> bool:
@@ -504,10 +504,10 @@ class TorchEngine:
                 torch.index_select(state, 0, rows, out=buffer[:size])
         elif rows is not None:
             states = [state.index_select(0, rows) for state in self._state]
-        run = self._fused.get(size)
-        if run is None or not fusion.are_finite((*batch, *states)):
-            run = self._run_network
-        results = graph.replay() if graph else as_tuple(run(*batch, *states))
+        form = self._fused.get(size)
+        results = graph.replay() if graph else form(*batch, *states) if form else None
+        if results is None:
+            results = as_tuple(self._run_network(*batch, *states))
         expected = len(self._output_names) + len(self._state)
         if len(results) != expected:
             raise ValueError(

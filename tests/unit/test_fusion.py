@@ -95,16 +95,35 @@ def test_a_fused_form_answers_as_its_module(
     x = torch.rand(samples, *spec.shape)
     inputs = x if spec.datatype == "FP32" else (x * 3).long()
     with torch.inference_mode():
-        torch.testing.assert_close(form(inputs), module(inputs), rtol=1e-4, atol=1e-5)
+        expected = fusion.as_tuple(module(inputs))
+        torch.testing.assert_close(form(inputs), expected, rtol=1e-4, atol=1e-5)
+
+
+class Pair(nn.Module):
+    """Takes two, of which one is not what a form usually has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = convolution()
+
+    def forward(self, x: torch.Tensor, half: torch.Tensor) -> torch.Tensor:
+        answers: torch.Tensor = self.layers(x) + half.float()
+        return answers
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e20, -1e20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
-def test_what_is_not_finite_is_found(value: float, dtype: torch.dtype) -> None:
-    x, ids = torch.rand(2, 3, 4).to(dtype), torch.zeros(2, dtype=torch.int64)
-    assert fusion.are_finite([ids, x])
-    x[1, 0, 3] = value
-    assert not fusion.are_finite([ids, x])
+def test_a_fused_form_takes_nothing_that_is_not_finite_or_too_large(value: float) -> None:
+    half = TensorSpec(name="half", datatype="FP16", shape=(1,))
+    found = fusion.traced(Pair().eval(), info(IMAGE, half), max_batch=4)
+    assert found is not None
+    form = found[1].form(2)
+    assert form is not None
+    with torch.inference_mode():
+        for number in range(2):
+            inputs = [torch.rand(2, 1, 8, 8), torch.full((2, 1), 60_000, dtype=torch.float16)]
+            assert form(*inputs) is not None
+            inputs[number].view(-1)[1] = value
+            assert form(*inputs) is None
 
 
 class ByDeviation(nn.Module):
