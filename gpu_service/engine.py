@@ -398,12 +398,12 @@ class TorchEngine:
         return plain, fused
 
     def _seconds(self, size: int) -> float:
-        """Of a batch of that size; of a quick one the second run, as the first one after another
-        form measures the processor's caches.
+        """Of a batch of that size; of one sample the second run, which an idle worker's client
+        sees: the first one after another form measures the processor's caches.
         """
         example = [self._example(size)]
         duration_s = self.run(example).infer_s
-        return duration_s if duration_s > _QUICK_S else self.run(example).infer_s
+        return duration_s if size > 1 else self.run(example).infer_s
 
     def outputs_of(self, inputs: Tensors) -> dict[str, NDArray[Any]]:
         """Outputs [n, …] by name for inputs [n, …] by name, n of any size."""
