@@ -748,20 +748,23 @@ def padded(plain: Mapping[int, float], fused: Mapping[int, float]) -> dict[int, 
     """
     found: dict[int, int] = {}
     for smaller, size in itertools.pairwise([0, *sorted(fused)]):
-        for samples in range(smaller + 1, size + 1):
-            if fused[size] <= _interpolated(plain, samples) * _WORTH_FUSING:
+        every = range(smaller + 1, size + 1)
+        for samples, duration_s in zip(every, _interpolated(plain, every), strict=True):
+            if fused[size] <= duration_s * _WORTH_FUSING:
                 found[samples] = size
     return found
 
 
 def affordable(sizes: Sequence[int], first: Mapping[int, float], limit_s: float) -> list[int]:
     """Those of `sizes` of which a fused form is made in `limit_s`, by what first runs took."""
-    return [size for size in sizes if fusion.RUNS * _interpolated(first, size) <= limit_s]
+    runs = zip(sizes, _interpolated(first, sizes), strict=True)
+    return [size for size, duration_s in runs if fusion.RUNS * duration_s <= limit_s]
 
 
-def _interpolated(seconds: Mapping[int, float], size: int) -> float:
-    sizes = sorted(seconds)
-    return float(numpy.interp(size, sizes, [seconds[each] for each in sizes]))
+def _interpolated(seconds: Mapping[int, float], sizes: Sequence[int]) -> list[float]:
+    measured = sorted(seconds)
+    found: list[float] = numpy.interp(sizes, measured, [seconds[n] for n in measured]).tolist()
+    return found
 
 
 def good_batch(seconds: Mapping[int, float]) -> int:
