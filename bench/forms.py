@@ -157,7 +157,7 @@ def measure(kind: Kind, turns: int) -> list[Row]:
     rows = []
     for size in _SIZES:
         runs: dict[str, Callable[[torch.Tensor], object]]
-        runs = {"module": kind.network, "traced": traced.forward}
+        runs = {"module": kind.network, "traced": traced}
         if (form := fused.form(size)) is not None:
             runs["fused"] = form
         x = torch.rand(size, *kind.input.shape)

@@ -116,7 +116,7 @@ class _Graph:
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        network: Callable[..., Any],
         inputs: Sequence[torch.Tensor],
         *,
         stream: torch.cuda.Stream,
@@ -145,7 +145,8 @@ class _Fetched:
 
 
 class TorchEngine:
-    """Runs `network`, as `models.load_model` returns it, in batches of up to `max_batch` samples.
+    """Runs `network`, called as what `models.load_model` returns, which is on `device`, in batches
+    of up to `max_batch` samples.
 
     `fusion` makes forms of the same network for single sizes of batch, of which the warm-up keeps
     up to `max_fused` that it finds faster; smaller batches are padded to them.
@@ -156,7 +157,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        network: torch.nn.Module,
+        network: Callable[..., Any],
         *,
         info: ModelInfo,
         device: torch.device,
@@ -166,8 +167,7 @@ class TorchEngine:
         fusion: Fusion | None = None,
         max_fused: int = 0,
     ) -> None:
-        self._network = network.to(device)
-        self._run_network = _called(self._network)
+        self._network = network
         self._fusion = fusion
         self._max_fused = max_fused
         self._fused: dict[int, Form] = {}
@@ -271,7 +271,7 @@ class TorchEngine:
         self._graphs.clear()
         self._fused.clear()
         self._padded = {}
-        self._network = self._run_network = torch.nn.Identity()
+        self._network = torch.nn.Identity()
         self._fusion = None
         for buffers in (self._state, self._state_in, self._on_device, self._hosts):
             buffers.clear()
@@ -514,7 +514,7 @@ class TorchEngine:
         form = self._fused.get(size)
         results = graph.replay() if graph else form(*batch, *states) if form else None
         if results is None:
-            results = as_tuple(self._run_network(*batch, *states))
+            results = as_tuple(self._network(*batch, *states))
         expected = len(self._output_names) + len(self._state)
         if len(results) != expected:
             raise ValueError(
@@ -630,7 +630,7 @@ def open_bundle(
     `configure` comes first. Raises bundle.BundleError, or StartupError for a model that fails
     its self-test.
     """
-    network = models.load_model(path, factories=tuple(factories))
+    network = models.load_model(path, factories=tuple(factories)).to(device)
     info = ModelInfo.of(bundle.read_manifest(path), digest=bundle.digest(path))
     samples = bundle.load_samples(path)
     if precision == BF16:
@@ -834,11 +834,6 @@ def _copied(array: NDArray[Any]) -> NDArray[Any]:
 
 def _is_dynamic(info: ModelInfo) -> bool:
     return any(DYNAMIC in spec.shape for spec in info.inputs)
-
-
-def _called(network: torch.nn.Module) -> Callable[..., Any]:
-    """How to run it: a traced one has no hooks, which a module's call looks for."""
-    return network.forward if isinstance(network, torch.jit.ScriptModule) else network
 
 
 @functools.cache

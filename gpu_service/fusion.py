@@ -8,8 +8,9 @@ compared with the module, and never stored.
 import contextlib
 import itertools
 import math
+import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy
@@ -18,6 +19,10 @@ import torch
 from gpu_service import datatypes, logs
 from gpu_service.bundle import TensorSpec
 from gpu_service.signature import ModelInfo
+
+# oneDNN would keep its last 1,024 kernels, also those of networks that are long gone: half a MiB
+# for a form of 12 layers. It asks when it makes the first one.
+os.environ.setdefault("DNNL_GRAPH_COMPILED_PARTITION_CACHE_CAPACITY", "0")
 
 # What the fused forms of one network may hold together. Each has weights laid out for its kernels,
 # and the kernels' code: 2 MiB for the 8 layers of the example model.
@@ -51,13 +56,41 @@ class Form:
     did would not be seen in the answer. It is for the network as it is.
     """
 
-    def __init__(self, module: torch.jit.ScriptModule) -> None:
-        self._run = module.forward
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._run = function
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
         *results, norm = self._run(*inputs)
         # By way of numpy, which keeps the GIL.
         return tuple(results) if math.isfinite(norm.numpy()) else None
+
+
+class _Trace:
+    """What `network` does to inputs like these, to be called for as long as somebody has it.
+
+    Weights are the network's own, as constants. Not by torch.jit.trace and torch.jit.freeze: torch
+    keeps what they return until the process ends, with weights and kernels, and so each reload of
+    the example model took 31 MiB more (2026-11-30).
+    """
+
+    def __init__(self, network: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+        def unnamed(value: torch.Tensor) -> str:
+            return ""
+
+        network.requires_grad_(False)  # else they are no constants
+        strict, without_in_place = True, False
+        self._graph, _ = torch._C._create_graph_by_tracing(
+            network, tuple(inputs), unnamed, strict, without_in_place
+        )
+        torch._C._jit_pass_inline(self._graph)
+        torch._C._jit_pass_optimize_frozen_graph(self._graph, True)
+
+    def function(self) -> Callable[..., Any]:
+        """Called with inputs as the network's; fused or not by what holds in its first runs."""
+        function: Callable[..., Any] = torch._C._create_function_from_graph(
+            "forward", self._graph.copy()
+        )
+        return function
 
 
 class _Watched(torch.nn.Module):
@@ -90,7 +123,7 @@ class Fusion:
     batch.
     """
 
-    def __init__(self, network: torch.nn.Module, watched: Any, info: ModelInfo) -> None:
+    def __init__(self, network: torch.nn.Module, watched: _Trace, info: ModelInfo) -> None:
         self._network = network
         self._watched = watched
         self._specs = (*info.inputs, *info.state)
@@ -113,13 +146,13 @@ class Fusion:
             examples += [_filled(examples[0], value) for value in (0, 1)]
         try:
             with _onednn_graph():
-                module: torch.jit.ScriptModule = torch.jit.freeze(self._watched)
+                function = self._watched.function()
                 for _ in range(_RUNS_UNTIL_FUSED):
-                    module(*examples[0])
+                    function(*examples[0])
                 fused = "oneDNNFusionGroup" in str(torch._C._last_executed_optimized_graph())
             if not fused:
                 raise ValueError("nothing in it can be fused")
-            form = Form(module)
+            form = Form(function)
             for inputs in examples:
                 assert_close(form(*inputs), as_tuple(self._network(*inputs)), _FUSED_TOLERANCE)
         except Exception as error:
@@ -130,7 +163,7 @@ class Fusion:
 
 def traced(
     network: torch.nn.Module, info: ModelInfo, *, max_batch: int
-) -> tuple[torch.jit.ScriptModule, Fusion] | None:
+) -> tuple[Callable[..., Any], Fusion] | None:
     """The same network as one call, and what makes fused forms of it; None where that is not the
     same. For models without dynamic dimensions.
 
@@ -142,24 +175,18 @@ def traced(
     examples = [_random((*info.inputs, *info.state), size) for size in sizes]
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", DeprecationWarning)  # nothing else is as quick to load
             tracer_warning = torch.jit.TracerWarning  # type: ignore[attr-defined]
             warnings.simplefilter("error", tracer_warning)
             # Compares sizes that are the same for any batch.
             warnings.filterwarnings("ignore", "", tracer_warning, r"torch\.nn\.modules\.rnn$")
-            trace = torch.jit.trace(  # type: ignore[no-untyped-call]
-                network, tuple(examples[0]), check_trace=False
-            )
-            frozen: torch.jit.ScriptModule = torch.jit.freeze(trace)
+            function = _Trace(network, examples[0]).function()
             for each in examples:
-                assert_close(frozen(*each), network(*each))
-            watched = torch.jit.trace(  # type: ignore[no-untyped-call]
-                _Watched(network).eval(), tuple(examples[-1]), check_trace=False
-            )
+                assert_close(function(*each), network(*each))
+            watched = _Trace(_Watched(network).eval(), examples[-1])
     except Exception as error:
         logs.info("not_traced", reason=_reason(error))
         return None
-    return frozen, Fusion(network, watched, info)
+    return function, Fusion(network, watched, info)
 
 
 def fused_sizes(max_batch: int) -> list[int]:

@@ -230,11 +230,10 @@ class InferenceServer:
         self.broken.set()
 
     def _session(self) -> asyncio.Protocol:
-        core = ServerProtocol(
+        core = _Core(
             # Without extensions, so without compression: tensors do not shrink, and it would
             # cost 50 KiB a connection.
             subprotocols=[Subprotocol(SUBPROTOCOL)],
-            select_subprotocol=_select_subprotocol,
             max_size=self._settings.max_message_bytes,
             logger=_websockets_logger,
         )
@@ -359,12 +358,17 @@ class InferenceServer:
         logs.info(event, **fields)
 
 
-def _select_subprotocol(core: ServerProtocol, offered: Sequence[Subprotocol]) -> Subprotocol | None:
-    # Optional for clients, but who asks for another version must not be misunderstood. A
-    # browser whose token is all that it offers would drop a connection that takes none.
-    if not offered or SUBPROTOCOL in offered:
-        return Subprotocol(SUBPROTOCOL) if offered else None
-    raise NegotiationError(f"this server speaks {SUBPROTOCOL}")
+class _Core(ServerProtocol):
+    """websockets' protocol. What it would be given to choose with, it would refer back to."""
+
+    def select_subprotocol(self, subprotocols: Sequence[Subprotocol]) -> Subprotocol | None:
+        """Optional for clients, but who asks for another version must not be misunderstood.
+
+        A browser whose token is all that it offers would drop a connection that takes none.
+        """
+        if not subprotocols or SUBPROTOCOL in subprotocols:
+            return Subprotocol(SUBPROTOCOL) if subprotocols else None
+        raise NegotiationError(f"this server speaks {SUBPROTOCOL}")
 
 
 def _http_response(answer: routes.Answer, *, with_body: bool = True) -> HttpResponse:

@@ -2,14 +2,17 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
+from websockets.server import ServerProtocol
 
 from gpu_service import protocol
 from gpu_service.messages import Response
+from gpu_service.session import Session
 from tests.service.conftest import Worker
 from tests.service.fakes import BOUND_S, WAIT, frame
 
@@ -178,6 +181,34 @@ async def test_a_close_is_answered_and_the_connection_ends(worker: Worker, clien
     assert await client.until_eof() == b""
     client.writer.close()
     await worker.until_metric("gpu_service_connections", 0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n",
+        HANDSHAKE[:20],
+        HANDSHAKE,
+        HANDSHAKE + ws(BINARY, frame(1)),
+        HANDSHAKE + ws(CLOSE, (1000).to_bytes(2)),
+        HANDSHAKE + ws(CONT, b"of nothing"),
+    ],
+    ids=["http", "refused", "half a handshake", "gone", "a request", "closed", "damaged"],
+)
+async def test_what_is_lost_is_freed_without_the_collector(worker: Worker, said: bytes) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        async with raw(worker) as client:
+            await client.send(said)
+            if said.startswith(HANDSHAKE):
+                await client.handshake_answer()
+        async with asyncio.timeout(BOUND_S):
+            while any(isinstance(each, Session | ServerProtocol) for each in gc.get_objects()):
+                await asyncio.sleep(0)
+    finally:
+        gc.enable()
 
 
 async def test_a_client_that_does_not_end_a_closed_connection_is_cut_off(

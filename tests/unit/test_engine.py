@@ -69,7 +69,7 @@ def make(
     module = Module(function)
     info = ModelInfo(name="m", version="1", inputs=inputs, outputs=outputs, state=state)
     engine = TorchEngine(
-        module,
+        module.to(device),
         info=info,
         device=torch.device(device),
         max_batch=max_batch,
@@ -672,7 +672,7 @@ class Wide(torch.nn.Module):
 
 def wide(device: str, *, max_batch: int = 6) -> TorchEngine:
     return TorchEngine(
-        Wide().eval(), info=info(X), device=torch.device(device), max_batch=max_batch
+        Wide().eval().to(device), info=info(X), device=torch.device(device), max_batch=max_batch
     )
 
 

@@ -1,8 +1,12 @@
 """Traced and fused forms of networks: the same answers, or none."""
 
+import gc
 import math
 import re
+import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +70,7 @@ def text() -> nn.Module:
 
 def both(
     module: nn.Module, spec: TensorSpec, *, max_batch: int = 4
-) -> tuple[torch.jit.ScriptModule, fusion.Fusion]:
+) -> tuple[Callable[..., Any], fusion.Fusion]:
     found = fusion.traced(module.eval(), info(spec), max_batch=max_batch)
     assert found is not None
     return found
@@ -180,6 +184,37 @@ def test_a_form_that_answers_differently_is_not_used(monkeypatch: pytest.MonkeyP
     _, fused = both(module, IMAGE)
     monkeypatch.setattr(module, "forward", lambda x: torch.zeros(len(x), 36))
     assert fused.form(4) is None
+
+
+def test_torch_keeps_nothing_of_a_network_that_nobody_has_any_more() -> None:
+    module = convolution()
+    weights = weakref.ref(module[0].weight)
+    forms = both(module, IMAGE)
+    assert forms[1].form(2) is not None
+    del module
+    gc.collect()
+    assert weights() is not None  # which the trace has
+    del forms
+    gc.collect()
+    assert weights() is None
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_kernels_go_with_their_form() -> None:
+    def load() -> None:
+        layers = [nn.Conv2d(16 if number else 1, 16, 3, padding=1) for number in range(12)]
+        module = nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())])
+        assert both(module, IMAGE)[1].form(2) is not None
+
+    load()
+    before = resident_bytes()
+    for _ in range(40):
+        load()
+    assert resident_bytes() - before < 8 << 20  # 1 MiB; 21 where oneDNN keeps its kernels
 
 
 def test_nothing_else_in_the_process_is_fused() -> None:
