@@ -2,7 +2,8 @@
 
 An asyncio.Protocol around websockets' sans-I/O core; owns the transport, the one timer that is
 due next, and everything that its client has not been answered yet. All on the event loop, no
-tasks. The core judges all that is not a plain whole message or a pong: those are taken directly.
+tasks. The core judges all that is not a plain whole message, ping or pong: those are taken
+directly, so that most connections have none between the handshake and the close.
 
 What is bounded: messages taken and not answered, answered meaning that the reply left the
 transport's buffer below its limit. A client that does not read its replies is therefore not
@@ -22,7 +23,8 @@ import msgspec
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response as HttpResponse
-from websockets.protocol import CONNECTING, OPEN
+from websockets.protocol import CONNECTING, OPEN, SERVER
+from websockets.protocol import Protocol as Core
 from websockets.server import ServerProtocol
 
 from gpu_service.admission import Client, Visitor
@@ -51,6 +53,7 @@ _MOST_REQUEST_BYTES = 32768
 # A frame's first two bytes (RFC 6455, 5.2): final, no extension; masked, as from a client.
 _WHOLE_TEXT: Final = 0x81
 _WHOLE_BINARY: Final = 0x82
+_PING: Final = 0x89
 _PONG: Final = 0x8A
 _MASKED: Final = 0x80
 _LENGTH: Final = 0x7F
@@ -59,7 +62,7 @@ _LENGTH_IN_8: Final = 127
 _LONGEST_HEAD: Final = 14
 
 _PING_BYTES: Final = 4
-_PING_HEAD = bytes((0x89, _PING_BYTES))
+_PING_HEAD = bytes((_PING, _PING_BYTES))
 
 _END_OF_REQUEST = b"\r\n\r\n"
 
@@ -185,7 +188,8 @@ class Session:
         self, *, host: Host, service: Service, core: ServerProtocol, limits: Limits
     ) -> None:
         self._host = host
-        self._core = core
+        # Until it is a WebSocket, and from when something has to be judged.
+        self._core: Core | None = core
         self._limits = limits
         self._max_in_flight = limits.max_in_flight
         self._max_message_bytes = limits.max_message_bytes
@@ -229,7 +233,7 @@ class Session:
 
     def summary(self) -> dict[str, str | int | float]:
         """What there is to say of a session that has ended."""
-        core = self._core
+        core = self._judge()
         # The first one that was sent, and who sent it. Without any, the connection was lost.
         by_server = core.close_sent is not None and not core.close_rcvd_then_sent
         close = core.close_sent if by_server else core.close_rcvd
@@ -254,8 +258,9 @@ class Session:
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Begin the closing handshake; without an answer the connection is cut off."""
-        if self._core.state is OPEN:
-            self._core.send_close(code, reason)
+        core = self._judge()
+        if core.state is OPEN:
+            core.send_close(code, reason)
             self._flush()
 
     def abort(self) -> None:
@@ -313,33 +318,25 @@ class Session:
 
     def eof_received(self) -> None:
         """Called by the event loop; the transport is closed after it."""
-        self._core.receive_eof()
+        self._judge().receive_eof()
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
         self._is_lost = True
         self._is_talking = False
-        self._core.receive_eof()
+        if self._core is not None:
+            self._core.receive_eof()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None  # it refers back to this object
         self._requests.close()
         self._unread = b""
         self._host.lost(self)
-        self._break_cycles()
-
-    def _break_cycles(self) -> None:
-        """What is closed goes at once, and not when the collector looks at old objects, which it
-        does when there are a quarter more of them.
-        """
+        # What is closed goes at once, and not when the collector looks at old objects, which it
+        # does when there are a quarter more of them.
         self._requests = _NOTHING
-        # The core's parser has the core in its frame, and so have tracebacks of what went wrong,
-        # of which the request has one, too.
-        self._core.parser.close()
-        if self._core.handshake_exc is not None:
-            self._core.handshake_exc.__traceback__ = None
-        self._core.parser_exc = self._core.handshake_exc = None
+        self._drop_core()
 
     def pause_writing(self) -> None:
         """Called by the event loop: the client does not read as fast as it asks."""
@@ -364,12 +361,12 @@ class Session:
             if at == size:
                 return
             if not self._is_talking:
-                if self._core.state is not CONNECTING:
+                if self._judge().state is not CONNECTING:
                     self._feed(data[at:])
                     return
                 end = at + self._rest_of_request(data[at:])
                 self._request_bytes += end - at
-                if self._request_bytes > _MOST_REQUEST_BYTES and not self._core.eof_sent:
+                if self._request_bytes > _MOST_REQUEST_BYTES and not self._judge().eof_sent:
                     self._refuse_request()
                     return
                 self._feed(data[at:end])
@@ -393,6 +390,9 @@ class Session:
             is_whole = end <= size and data[at + 1] & _MASKED
             if is_whole and first == _PONG and length < _LENGTH_IN_2:
                 self._on_pong(_unmask(data[start:end], data[start - 4 : start]))
+                at = end
+            elif is_whole and first == _PING and length < _LENGTH_IN_2:
+                self._on_ping(_unmask(data[start:end], data[start - 4 : start]))
                 at = end
             elif (
                 is_whole
@@ -422,19 +422,40 @@ class Session:
         return end + len(_END_OF_REQUEST) - (len(seen) - len(data))
 
     def _refuse_request(self) -> None:
-        self._core.send_response(
-            self._core.reject(
+        core = self._core
+        assert isinstance(core, ServerProtocol)
+        core.send_response(
+            core.reject(
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
                 f"A request may have {_MOST_REQUEST_BYTES} bytes before its body.\n",
             )
         )
         self._flush()
 
+    def _judge(self) -> Core:
+        """The core, made anew where there is none."""
+        if self._core is None:
+            self._core = Core(SERVER, state=OPEN, max_size=self._max_message_bytes)
+        return self._core
+
+    def _drop_core(self) -> None:
+        """Let it go, and the HTTP request with it: two thirds of what a client takes in Python."""
+        core, self._core = self._core, None
+        if core is None:
+            return
+        # The parser has the core in its frame, and so have tracebacks of what went wrong, of which
+        # the request has one, too.
+        core.parser.close()
+        if core.handshake_exc is not None:
+            core.handshake_exc.__traceback__ = None
+        core.parser_exc = core.handshake_exc = None
+
     def _feed(self, data: bytes) -> None:
         """Have the core judge it, and do what it says."""
-        self._core.receive_data(data)
-        self._is_talking = self._core.state is OPEN
-        for event in self._core.events_received():
+        core = self._judge()
+        core.receive_data(data)
+        self._is_talking = core.state is OPEN
+        for event in core.events_received():
             if isinstance(event, Frame):
                 self._on_frame(event)
             else:
@@ -443,22 +464,25 @@ class Session:
         self._flush()
 
     def _on_request(self, request: HttpRequest) -> None:
-        self._core.send_response(self._host.respond(request, self._core, self))
-        self._is_talking = self._core.state is OPEN
-        if self._is_talking and self.is_surplus:
-            self._flush()  # the answer to the handshake comes first
+        core = self._core
+        assert isinstance(core, ServerProtocol)
+        core.send_response(self._host.respond(request, core, self))
+        self._flush()
+        if not self._is_talking:
+            return
+        self._drop_core()
+        if self.is_surplus:
             self.close(CloseCode.TRY_AGAIN_LATER, "too many connections")
-        elif self._is_talking:
-            self._is_open = True
-            self._set_timer(self._first_ping_in_s(), self._send_ping)
-            self._client = self._host.opened(self)
-            if self._core.subprotocol is not None:
-                self._greet()
+            return
+        self._is_open = True
+        self._set_timer(self._first_ping_in_s(), self._send_ping)
+        self._client = self._host.opened(self)
+        if core.subprotocol is not None:
+            self._greet()
 
     def _greet(self) -> None:
         greeting = self._host.greeting(self)
         if greeting is not None:
-            self._flush()  # the answer to the handshake comes first
             self._write([greeting], _WHOLE_TEXT)
 
     def _on_frame(self, frame: Frame) -> None:
@@ -483,6 +507,11 @@ class Session:
             assert message is not None
             self._take(bytes(message), is_text=self._message_is_text)
 
+    def _on_ping(self, payload: bytes) -> None:
+        self._transport.write(bytes((_PONG, len(payload))) + payload)
+        if self._writing_paused:
+            self._pause_reading()  # or pongs would pile up
+
     def _on_pong(self, payload: bytes) -> None:
         if self._ping is not None and payload == self._ping:
             self._ping = None
@@ -492,7 +521,7 @@ class Session:
         self._message = None
         most = self._limits.max_fragments
         reason = f"a message of more than {most} frames; send it in fewer"
-        self._core.fail(CloseCode.POLICY_VIOLATION, reason)
+        self._judge().fail(CloseCode.POLICY_VIOLATION, reason)
         self._flush()
 
     def _take(self, payload: bytes, *, is_text: bool) -> None:
@@ -503,7 +532,7 @@ class Session:
             try:
                 message = payload.decode()
             except UnicodeDecodeError as error:
-                self._core.fail(CloseCode.INVALID_DATA, f"{error.reason} at {error.start}")
+                self._judge().fail(CloseCode.INVALID_DATA, f"{error.reason} at {error.start}")
                 self._flush()
                 return
         self._unanswered += 1
@@ -549,15 +578,18 @@ class Session:
 
     def _flush(self) -> None:
         """Send what the core has to say, and see that a connection that it ends does end."""
-        self._is_talking = self._core.state is OPEN and not self._is_lost
-        for data in self._core.data_to_send():
+        core = self._core
+        if core is None:
+            return
+        self._is_talking = core.state is OPEN and not self._is_lost
+        for data in core.data_to_send():
             if self._is_lost:
                 continue
             if data:
                 self._transport.write(data)
             elif self._transport.can_write_eof():
                 self._transport.write_eof()
-        if self._core.close_expected() and not self._is_lost and not self._is_closing:
+        if core.close_expected() and not self._is_lost and not self._is_closing:
             self._is_closing = True
             if self._reading_paused:
                 # Its answer to the close has to be seen; what else comes is dropped.
@@ -587,7 +619,7 @@ class Session:
             # It is not read because its requests wait for the device: its pong may be there.
             self._set_timer(self._limits.ping_timeout_s, self._no_pong)
             return
-        self._core.fail(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
+        self._judge().fail(CloseCode.INTERNAL_ERROR, "keepalive ping timeout")
         self._flush()
 
 

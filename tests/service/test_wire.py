@@ -8,7 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-from websockets.server import ServerProtocol
+from websockets.protocol import Protocol
 
 from gpu_service import protocol
 from gpu_service.messages import Response
@@ -183,8 +183,17 @@ async def test_a_close_is_answered_and_the_connection_ends(worker: Worker, clien
     await worker.until_metric("gpu_service_connections", 0)
 
 
-# Asked of types, never with isinstance(): some objects of torch warn when their __class__ is read.
-_OF_ONE_CONNECTION = (Session, ServerProtocol)
+def _are_there(*kinds: type) -> bool:
+    # Never by isinstance(): some objects of torch warn when their __class__ is read.
+    return any(issubclass(kind, kinds) for kind in map(type, gc.get_objects()))
+
+
+async def test_who_only_asks_and_pings_holds_nothing_of_websockets(client: Raw) -> None:
+    gc.collect()
+    await client.send(ws(PING, b"?") + ws(BINARY, frame(1)))
+    assert await client.frame() == (PONG, b"?")
+    await client.frame()
+    assert not _are_there(Protocol)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +218,7 @@ async def test_what_is_lost_is_freed_without_the_collector(worker: Worker, said:
             if said.startswith(HANDSHAKE):
                 await client.handshake_answer()
         async with asyncio.timeout(BOUND_S):
-            while any(issubclass(kind, _OF_ONE_CONNECTION) for kind in map(type, gc.get_objects())):
+            while _are_there(Session, Protocol):
                 await asyncio.sleep(0)
     finally:
         gc.enable()
