@@ -318,8 +318,10 @@ class Session:
 
     def eof_received(self) -> None:
         """Called by the event loop; the transport is closed after it."""
-        self._judge().receive_eof()
-        self._flush()
+        self._is_talking = False
+        if self._core is not None:
+            self._core.receive_eof()
+            self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by the event loop."""
