@@ -5,6 +5,9 @@ Opens 20,000 WebSockets through nginx to two workers, lets each ask once, and sa
 costs in nginx and workers together. Another client asks at a steady rate, with them and without
 them in turns: what they cost it. Its p99 is the median of those of many short whiles, or one in
 which somebody else had the machine would decide. All on the loopback interface of one machine.
+
+Without them as many files are open, of /dev/null: programs that watch a machine look at each open
+descriptor, every second maybe, and that is theirs. What it comes to is said, too.
 """
 
 from __future__ import annotations
@@ -29,6 +32,17 @@ from gpu_service import bundle
 # Of one client process.
 MOST_HELD = 8000
 ACTIVE_CONNECTIONS = 128  # enough for its rate when an answer takes 0.4 s
+
+# nginx has two for each connection, a worker and a client one.
+DESCRIPTORS_EACH = 4
+SPARE_DESCRIPTORS = 64
+
+_HOLDER = """
+import os, sys
+held = [os.open(os.devnull, os.O_RDONLY) for _ in range(int(sys.argv[1]))]
+print("open", flush=True)
+sys.stdin.read()
+"""
 
 # How soon nginx and the workers shall have closed what clients left behind, but for a few.
 CLOSED_S = 30
@@ -96,13 +110,13 @@ class Fleet:
 
 
 class Held:
-    """Clients that hold connections."""
+    """Processes that hold connections, or files."""
 
     def __init__(self) -> None:
         self._processes: list[subprocess.Popen[str]] = []
 
     def open(self, command: list[str]) -> None:
-        """One more client; returns when its connections are open."""
+        """One more process; returns when what it holds is open."""
         pipe = subprocess.PIPE
         self._processes.append(
             subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, bufsize=1)
@@ -118,7 +132,7 @@ class Held:
             self._expect(process, "answered")
 
     def close(self) -> None:
-        """End the clients, and so their connections."""
+        """End them, and so what they hold."""
         for process in self._processes:
             assert process.stdin is not None
             process.stdin.close()
@@ -127,7 +141,20 @@ class Held:
     def _expect(self, process: subprocess.Popen[str], word: str) -> None:
         assert process.stdout is not None
         if process.stdout.readline().strip() != word:
-            sys.exit(f"a client of many connections did not get them {word}")
+            sys.exit(f"a process that holds many connections or files did not get them {word}")
+
+
+@contextlib.contextmanager
+def open_files(count: int) -> Iterator[None]:
+    """So many descriptors of /dev/null."""
+    most = descriptor_limit() - SPARE_DESCRIPTORS
+    held = Held()
+    try:
+        for start in range(0, count, most):
+            held.open([sys.executable, "-c", _HOLDER, str(min(most, count - start))])
+        yield
+    finally:
+        held.close()
 
 
 def main() -> int:
@@ -151,6 +178,7 @@ def measure(fleet: Fleet) -> list[Row]:
     """The rows, of several turns."""
     options = fleet.options
     alone: list[float] = []
+    beside_files: list[float] = []
     beside: list[float] = []
     opening: list[float] = []
     answering: list[float] = []
@@ -159,6 +187,8 @@ def measure(fleet: Fleet) -> list[Row]:
     for turn in range(options.turns):
         before = fleet.memory
         alone += fleet.active()
+        with open_files(options.connections * DESCRIPTORS_EACH):
+            beside_files += fleet.active()
         started = time.monotonic()
         with fleet.held() as held:
             opening.append(time.monotonic() - started)
@@ -168,16 +198,17 @@ def measure(fleet: Fleet) -> list[Row]:
                 memory_each = (fleet.memory - before) / options.connections
             beside += fleet.active()
     name = f"{options.connections:,} connections"
-    p99_alone, p99_beside = statistics.median(alone), statistics.median(beside)
+    p99_alone, p99_files, p99_beside = map(statistics.median, (alone, beside_files, beside))
     return [
         Row(name=f"{name}: memory of each", value=memory_each / 1024, unit="KiB", at_most=45.0),
         Row(
             name=f"{name}: another client's p99 by that without them",
-            value=p99_beside / p99_alone,
+            value=p99_beside / p99_files,
             unit="",
             at_most=1.1,
         ),
-        Row(name=f"{name}: its p99 without them", value=p99_alone / 1e3, unit="ms"),
+        Row(name=f"{name}: its p99 without them", value=p99_files / 1e3, unit="ms"),
+        Row(name=f"{name}: its p99 without as many files", value=p99_alone / 1e3, unit="ms"),
         Row(name=f"{name}: opened in", value=statistics.median(opening), unit="s"),
         Row(name=f"{name}: all answered in", value=statistics.median(answering), unit="s"),
     ]
