@@ -27,9 +27,9 @@ FILES_PER_CONNECTION = 2
 SPARE_DESCRIPTORS = 512
 
 # What each of 20,000 WebSockets that had asked once took, in nginx and its worker together
-# (`python -m bench.connections`): 30 to 32 KiB. How it divides between the two was not measured, so
-# each side is counted as if it took nearly all of it; the rest is for buffers in use.
-MEASURED_BYTES = 32 * 1024
+# (`python -m bench.connections`, 2026-12-01): 26 KiB. How it divides between the two was not
+# measured, so each side is counted as if it took nearly all of it; the rest is for buffers in use.
+MEASURED_BYTES = 26 * 1024
 NGINX_BYTES = 24 * 1024
 WORKER_BYTES = 48 * 1024
 
@@ -189,9 +189,9 @@ Asked of the host: MemTotal (nginx may have half), `fs.nr_open`, `net.core.somax
 
 ## Measured
 
-20,000 WebSockets through nginx to two workers, each after one request of its own, took 30 to
+20,000 WebSockets through nginx to two workers, each after one request of its own, took \
 {MEASURED_BYTES // 1024} KiB each, in nginx and worker together, what processes share counted once
-(`python -m bench.connections`; loopback, 2 cores). The table reserves \
+(`python -m bench.connections`, 2026-12-01; loopback, 2 cores). The table reserves \
 {(NGINX_BYTES + WORKER_BYTES) // 1024} KiB, which is \
 {(NGINX_BYTES + WORKER_BYTES) / MEASURED_BYTES:.2g} times that: messages in both directions fill
 buffers that idle connections don't have. The other columns are arithmetic, not measurements.
