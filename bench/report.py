@@ -87,8 +87,8 @@ _PROGRAMS = (
         "3,136 bytes of input. Each peer runs with the best of some settings, chosen at the start "
         "of the run: mosec with batches of up to 32 or 64 and a wait of 1 or 10 ms, with the "
         "tensors' bytes as bodies; pytriton with a delay of 0, 1 or 5 ms and 2 or 8 HTTP threads, "
-        "with Triton's binary "
-        "extension.",
+        "with Triton's binary extension. All are started anew five times, since two processes of "
+        "the same server differ.",
     ),
     (
         "connections",
@@ -96,10 +96,9 @@ _PROGRAMS = (
         "Through nginx to two workers, all open at once; each asks once. Memory is that of nginx "
         "and both workers together, what processes share counted once. The other client asks 300 "
         "times a second, with the many beside it and without them in turns; its p99 is the median "
-        "of 50 whiles of 2 s each. What the many cost it is their pings: 1,000 a second, which "
-        "took 0.28 ms of CPU each in workers, nginx and client together on the machine of "
-        "2026-11-30. Its three runs gave 1.01, 1.15 (6 turns) and 1.00 (10 turns, the default "
-        "since).",
+        "of 50 whiles of 2 s each. Without them as many files are open, of /dev/null: what watches "
+        "a machine looks at each descriptor of each process, every second maybe, and that is not "
+        "theirs (2026-12-01: up to 40 ms at a time, and p99 1.13 times as long).",
     ),
     (
         "memory",

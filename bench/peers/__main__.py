@@ -4,8 +4,9 @@ Each peer serves the same traced forward on one torch thread, in batches of up t
 connections that stay open, with the same 3,136 bytes of input. The service takes fused kernels
 where it finds them faster, so mosec is also measured with forwards that were fused for it. First
 every peer is measured with some settings that decide its throughput, and its best one is kept; then
-peers and service are measured in turns. The environments are made on the first run, under
-`.bench/`.
+peers and service are measured in turns. All are started anew some times, since two processes of the
+same server differ: five runs of one day gave 1.37 to 1.58 for mosec, where each was started once.
+The environments are made on the first run, under `.bench/`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy
@@ -207,8 +208,8 @@ def load(bench: Bench, peer: Peer, name: str) -> None:
     bench.load(name, server=peer.name, file=peer.name, protocol="http")
 
 
-def start_best(bench: Bench, peer: Peer) -> str:
-    """Start the peer with the best of its settings, and say which one that is."""
+def best_setting(bench: Bench, peer: Peer) -> tuple[int, ...]:
+    """With what the peer answers most."""
     rates = {}
     for setting in peer.settings:
         bench.servers[peer.name] = server = peer.start(setting)
@@ -219,10 +220,20 @@ def start_best(bench: Bench, peer: Peer) -> str:
         rates[setting] = max(bench.figures[f"{name} rate"])
         print(f"{name:<84} {rates[setting]:>10.0f} 1/s", flush=True)
         server.stop()
-    best = max(rates, key=rates.__getitem__)
-    bench.servers[peer.name] = peer.start(best)
-    load(bench, peer, "warm-up")
-    return peer.described(best)
+    return max(rates, key=rates.__getitem__)
+
+
+@contextlib.contextmanager
+def started(bench: Bench, best: dict[Peer, tuple[int, ...]]) -> Iterator[None]:
+    """The service and the peers, all of them new and warm."""
+    bench.servers["model"] = harness.serve(bench.path)
+    bench.load("warm-up", server="model", file="model")
+    for peer, setting in best.items():
+        bench.servers[peer.name] = peer.start(setting)
+        load(bench, peer, "warm-up")
+    names = ["model", *(peer.name for peer in best)]
+    with harness.stopping(*(bench.servers[name] for name in names)):
+        yield
 
 
 def rows(bench: Bench, peer: Peer) -> list[Row]:
@@ -251,7 +262,8 @@ def rows(bench: Bench, peer: Peer) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--peer", action="append", choices=list(PEERS), help="only this one")
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--starts", type=int, default=5, help="of each server")
+    parser.add_argument("--turns", type=int, default=4, help="of each start")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     options = parser.parse_args()
     names = options.peer or list(PEERS)
@@ -262,20 +274,21 @@ def main() -> int:
         peers = [PEERS[name](bench=bench, trace=trace) for name in names]
         for peer in peers:
             peer.install()
-        best = [start_best(bench, peer) for peer in peers]
-        bench.servers["model"] = harness.serve(path)
-        for _ in range(options.turns):
-            bench.load("direct", server="model", file="model")
-            for peer in peers:
-                load(bench, peer, peer.name)
+        best = {peer: best_setting(bench, peer) for peer in peers}
+        for _ in range(options.starts):
+            with started(bench, best):
+                for _ in range(options.turns):
+                    bench.load("direct", server="model", file="model")
+                    for peer in peers:
+                        load(bench, peer, peer.name)
         figures = [row for peer in peers for row in rows(bench, peer)]
         spread = bench.ratio("direct p99 us", "direct p50 us")
         figures += [
             Row(name="beside the peers: requests", value=bench.median("direct rate"), unit="1/s"),
             Row(name="beside the peers: p99 by p50", value=spread, unit="", at_most=1.5),
         ]
-    for peer, setting in zip(peers, best, strict=True):
-        print(f"{peer.name}: best with {setting}")
+    for peer, setting in best.items():
+        print(f"{peer.name}: best with {peer.described(setting)}")
     some = [] if options.peer is None else [f"--peer {name}" for name in names]
     return 0 if write("serving", " ".join(["python -m bench.peers", *some]), figures) else 1
 
