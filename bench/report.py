@@ -96,9 +96,10 @@ _PROGRAMS = (
         "Through nginx to two workers, all open at once; each asks once. Memory is that of nginx "
         "and both workers together, what processes share counted once. The other client asks 300 "
         "times a second, with the many beside it and without them in turns; its p99 is the median "
-        "of 50 whiles of 2 s each. Without them as many files are open, of /dev/null: what watches "
-        "a machine looks at each descriptor of each process, every second maybe, and that is not "
-        "theirs (2026-12-01: up to 40 ms at a time, and p99 1.13 times as long).",
+        "of 50 whiles of 2 s each. In a third part of each turn as many "
+        "files are open instead, of /dev/null: what watches a machine looks at each descriptor of "
+        "each process, every second maybe (2026-12-01: up to 40 ms at a time, and p99 1.13 times "
+        "as long).",
     ),
     (
         "memory",

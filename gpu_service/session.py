@@ -258,9 +258,8 @@ class Session:
 
     def close(self, code: CloseCode, reason: str) -> None:
         """Begin the closing handshake; without an answer the connection is cut off."""
-        core = self._judge()
-        if core.state is OPEN:
-            core.send_close(code, reason)
+        if self._is_talking:
+            self._judge().send_close(code, reason)
             self._flush()
 
     def abort(self) -> None:
