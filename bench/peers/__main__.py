@@ -5,7 +5,7 @@ connections that stay open, with the same 3,136 bytes of input. The service take
 where it finds them faster, so mosec is also measured with forwards that were fused for it. First
 every peer is measured with some settings that decide its throughput, and its best one is kept; then
 peers and service are measured in turns. All are started anew some times, since two processes of the
-same server differ: five runs of one day gave 1.37 to 1.58 for mosec, where each was started once.
+same server differ: five runs in two days gave 1.37 to 1.58 for mosec, each started once.
 The environments are made on the first run, under `.bench/`.
 """
 
